@@ -359,6 +359,7 @@ def stage(
     seconds = facts.pop("seconds", None) or time.perf_counter() - started
     run.record_files(files)
     run.manifest.setdefault("stages", {})[name] = {
-        "key": key, "inputs": inputs, "files": files, "seconds": round(seconds, 3), "peak_memory_mb": round(peak_memory_mb(), 1), **facts,
+        "key": key, "inputs": inputs, "files": files, "seconds": round(seconds, 3), "peak_memory_mb": round(peak_memory_mb(), 1),
+        "medibuddy": medibuddy.__version__, "code_sha256": code_sha256(), **facts,
     }
     run.save()

@@ -178,6 +178,9 @@ def read_table(path):
         return [{key: value.strip() for key, value in row.items()} for row in csv.DictReader(handle)]
 
 
+SPOKEN = {"respiratory": "respiratory medicine"}  # specialty names that do not stand alone in a sentence
+
+
 def load_facts(folder=".", seed=42):
     """All conditions and drugs, partitioned by name."""
     entities = []
@@ -186,7 +189,7 @@ def load_facts(folder=".", seed=42):
         random.Random(f"{seed}-{kind}").shuffle(rows)
         for position, row in enumerate(rows):
             findings = tuple(row[f"finding_{number}"] for number in (1, 2, 3)) if kind == "condition" else ()
-            entities.append(Entity(row[kind], kind, part_of(position / len(rows)), {slot: row[slot] for slot in slots}, row.get("description", ""), findings))
+            entities.append(Entity(row[kind], kind, part_of(position / len(rows)), {slot: SPOKEN.get(row[slot], row[slot]) for slot in slots}, row.get("description", ""), findings))
     return entities
 
 
@@ -205,13 +208,13 @@ SINGULAR_S = {"measles", "mumps", "rickets", "diabetes", "herpes", "scabies", "r
 
 def plural(phrase):
     """Whether a noun phrase takes a plural verb ("blood cultures" does, "urinalysis" and "loss of vision" do not)."""
-    head = phrase
+    head = phrase.replace("ear nose and throat", "throat")
     for preposition in (" of ", " in ", " with ", " by ", " for ", " to ", " on ", " after ", " from ", " without ", " under ", " at ", " when ", " due ", " over ", " around "):
         head = head.split(preposition)[0]
     if " and " in head:
         return True
     word = head.split()[-1].lower()
-    return word.endswith("s") and not word.endswith(("ss", "is", "us")) and word not in SINGULAR_S
+    return word.endswith("s") and not word.endswith(("ss", "is", "us", "ics")) and word not in SINGULAR_S
 
 
 def article(phrase):
@@ -220,6 +223,11 @@ def article(phrase):
     if first.isupper() or any(letter.isdigit() for letter in first):
         return "an" if first[0] in "AEFHILMNORSX8" else "a"
     return "an" if first[0].lower() in "aeiou" and not first.lower().startswith(("uni", "uri", "use", "eu")) else "a"
+
+
+def aged(age):
+    """"a 42-year-old", "an 84-year-old"."""
+    return f"{'an' if age in (8, 11, 18) or 80 <= age < 90 else 'a'} {age}-year-old"
 
 
 def cap(text):
@@ -237,42 +245,48 @@ def fill(template, **words):
     return cap(template.format(**verbs, **words, **capitals))
 
 
-def name_slot(rng, entity, slot, new=False):
+def phrases(slot, what, wording):
+    """The names ("np"), sentences ("say") or questions ("ask") of a slot: "train", held out ("new") or pre-training ("wide")."""
+    if wording == "new":
+        return WORDING[slot][f"{what}_new"]
+    return WORDING[slot][what] + (WIDER[slot][what] if wording == "wide" else [])
+
+
+def name_slot(rng, entity, slot, wording="train"):
     """A noun phrase for a slot of an entity ("the first test for gout")."""
-    return rng.choice(WORDING[slot]["np_new" if new else "np"]).format(e=entity.name)
+    return rng.choice(phrases(slot, "np", wording)).format(e=entity.name)
 
 
-def state(rng, entity, slot, new=False, against=None):
+def state(rng, entity, slot, wording="train", against=None):
     """A sentence that states a slot, here and there with the value that it is not (`against`)."""
     value = entity.slots[slot]
     if against and rng.random() < 0.25:
-        return fill(rng.choice(CONTRAST_NEW if new else CONTRAST), n=name_slot(rng, entity, slot, new), v=value, w=against)
-    return fill(rng.choice(WORDING[slot]["say_new" if new else "say"]), e=entity.name, v=value)
+        return fill(rng.choice(CONTRAST_NEW if wording == "new" else CONTRAST), n=name_slot(rng, entity, slot, wording), v=value, w=against)
+    return fill(rng.choice(phrases(slot, "say", wording)), e=entity.name, v=value)
 
 
-def leave_open(rng, entity, slot, new=False):
+def leave_open(rng, entity, slot, wording="train"):
     """A sentence that says the slot is not stated."""
-    return fill(rng.choice(SILENT_NEW if new else SILENT), n=name_slot(rng, entity, slot, new))
+    return fill(rng.choice(SILENT_NEW if wording == "new" else SILENT), n=name_slot(rng, entity, slot, wording))
 
 
-def introduce(rng, entity, new=False):
+def introduce(rng, entity, wording="train"):
     """An opening sentence about an entity."""
-    return fill(rng.choice((ABOUT_NEW if new else ABOUT)[entity.kind]), e=entity.name, d=entity.description)
+    return fill(rng.choice((ABOUT_NEW if wording == "new" else ABOUT)[entity.kind]), e=entity.name, d=entity.description)
 
 
-def describe_findings(rng, entity, new=False):
+def describe_findings(rng, entity, wording="train"):
     """A sentence with typical findings of a condition."""
     first, second = rng.sample(entity.findings, 2)
-    return fill(rng.choice(FINDINGS_NEW if new else FINDINGS), e=entity.name, f=first, g=second)
+    return fill(rng.choice(FINDINGS_NEW if wording == "new" else FINDINGS), e=entity.name, f=first, g=second)
 
 
-def ask(rng, entity, slot, value, new=False):
+def ask(rng, entity, slot, value, wording="train"):
     """A yes/no question about one slot of an entity."""
-    words = WORDING[slot]
     if rng.random() < 0.35:
-        return fill(rng.choice(words["ask_new" if new else "ask"]), e=entity.name, v=value)
-    frame = rng.choice(FRAMES_NEW if new else FRAMES)
-    return fill(frame, n=name_slot(rng, entity, slot, new), v=value)
+        return fill(rng.choice(phrases(slot, "ask", wording)), e=entity.name, v=value)
+    frame = rng.choice(FRAMES_NEW if wording == "new" else FRAMES)
+    return fill(frame, n=name_slot(rng, entity, slot, wording), v=value)
 
 
 def compare(rng, entity, slot, decision, value, passage="passage", claim="question"):
@@ -290,16 +304,15 @@ class Reading:
     slot: str
     decision: str
     value: str  # the value asked about
+    stated: tuple  # ((entity, slot), ...) that the passage states
+    entities: tuple  # the one or two entities of the passage
 
 
 def other_value(rng, entity, slot, pool):
     """A value of the same slot that is wrong for this entity: from another specialty or class, and not one that overlaps it."""
-    home = "specialty" if entity.kind == "condition" else "drug_class"
-    mine = entity.slots[slot].lower()
     for _ in range(200):
-        other = rng.choice(pool)
-        theirs = other.slots[slot].lower()
-        if other.kind == entity.kind and other.slots[home] != entity.slots[home] and mine not in theirs and theirs not in mine:
+        other = partner_for(rng, entity, pool)
+        if differ(entity.slots[slot], other.slots[slot]):
             return other.slots[slot]
     raise ValueError(f"`pool` has no other value for {slot} of {entity.name}; add entities")
 
@@ -317,29 +330,37 @@ def differ(left, right):
     return left not in right and right not in left
 
 
-def make_reading(rng, entity, slot, decision, pool, new=False):
+def make_reading(rng, entity, slot, decision, pool, wording="train"):
     """A passage about one or two entities, so that reading it gives the wanted decision."""
     partner = partner_for(rng, entity, pool) if rng.random() < 0.6 else None
     others = [name for name in entity.slots if name != slot]
-    own = rng.sample(others, 1 if partner else 2) if decision != "maybe" else rng.sample(others, 2 if partner else 3)
+    own = rng.sample(others, (1 if partner else 2) + (decision == "maybe"))
     partner_states = bool(partner) and rng.random() < 0.75 and differ(partner.slots[slot], entity.slots[slot])
     value = asked_value(rng, entity, slot, decision, partner if partner_states else None, pool)
     against = None
     if decision != "maybe":
         against = value if decision == "no" else other_value(rng, entity, slot, pool)
-    sentences = [state(rng, entity, name, new) for name in own]
+    sentences = [state(rng, entity, name, wording) for name in own]
     if decision != "maybe":
-        sentences.append(state(rng, entity, slot, new, against))
-    if decision == "maybe" and rng.random() < 0.35:
-        sentences[0] = leave_open(rng, entity, slot, new)
-    elif decision != "maybe" and rng.random() < 0.20:
-        sentences[0] = leave_open(rng, entity, own[0], new)
+        sentences.append(state(rng, entity, slot, wording, against))
+    opened = rng.random() < (0.35 if decision == "maybe" else 0.20)
+    if opened:
+        sentences[0] = leave_open(rng, entity, slot if decision == "maybe" else own[0], wording)
     rng.shuffle(sentences)
     about = [slot] if partner_states else []
-    about += rng.sample([name for name in others], 1) if partner and (not about or rng.random() < 0.5) else []
-    extra = [state(rng, partner, name, new) for name in about] if partner else []
+    about += rng.sample([name for name in others], 1) if partner and (not about or rng.random() < 0.3) else []
+    extra = [state(rng, partner, name, wording) for name in about] if partner else []
     rng.shuffle(extra)
-    return Reading(lay_out(rng, entity, partner, sentences, extra, new), entity, slot, decision, value)
+    entities = (entity, partner) if partner else (entity,)
+    stated = stated_slots(entity, own, slot, decision, opened, partner, about)
+    return Reading(lay_out(rng, entity, partner, sentences, extra, wording), entity, slot, decision, value, stated, entities)
+
+
+def stated_slots(entity, own, slot, decision, opened, partner, about):
+    """What the passage states, as (entity, slot) pairs."""
+    kept = own[1:] if opened else own
+    pairs = [(entity, name) for name in kept] + ([(entity, slot)] if decision != "maybe" else [])
+    return tuple(pairs + [(partner, name) for name in about])
 
 
 def asked_value(rng, entity, slot, decision, partner, pool):
@@ -351,16 +372,273 @@ def asked_value(rng, entity, slot, decision, partner, pool):
     return other_value(rng, entity, slot, pool)
 
 
-def lay_out(rng, entity, partner, sentences, extra, new):
+def lay_out(rng, entity, partner, sentences, extra, wording):
     """Sections with labels: an opening, then the sentences in two or three groups."""
-    opening = [introduce(rng, entity, new)]
-    if entity.kind == "condition" and not partner:
-        opening.append(describe_findings(rng, entity, new))
+    opening = [introduce(rng, entity, wording)]
+    if entity.kind == "condition" and not partner and rng.random() < 0.5:
+        opening.append(describe_findings(rng, entity, wording))
     blocks = [sentences[:2], sentences[2:]] if len(sentences) > 2 else [sentences]
     if extra:
         blocks.append(extra)
     if partner and rng.random() < 0.5:
         blocks.reverse()
     blocks = [opening] + [block for block in blocks if block]
-    labels = [LABELS_NEW[0] if new else LABELS[0]] + rng.sample((LABELS_NEW if new else LABELS)[1:], len(blocks) - 1)
+    names = LABELS_NEW if wording == "new" else LABELS
+    labels = [names[0]] + rng.sample(names[1:], len(blocks) - 1)
     return tuple((label, " ".join(block)) for label, block in zip(labels, blocks))
+
+
+# ---- the pre-training text: statements only ----
+
+# Further names and sentences, used in the pre-training text only. They carry words of the held-out wording in other constructions.
+WIDER = {
+    "investigation": {"np": ["the initial step in the work-up of {e}", "the opening test when {e} is possible", "what is ordered first for {e}", "the investigation that leads in {e}"],
+                      "say": ["Initially, {e} calls for {v}.", "The initial step in the work-up of {e} is {v}.", "Clinics that look into {e} order {v} first.",
+                              "At the outset, {v} {is} requested for {e}.", "The diagnosis of {e} begins with {v}."]},
+    "treatment": {"np": ["the therapy for {e}", "the initial therapy in {e}", "the remedy given in {e}", "what is offered first for {e}"],
+                  "say": ["Therapy for {e} begins with {v}.", "The initial treatment of {e} is {v}.", "Someone with {e} is offered {v} first.",
+                          "The remedy preferred in {e} is {v}.", "At the outset of {e}, patients receive {v}."]},
+    "red_flag": {"np": ["the alarm feature in {e}", "the sign for which people with {e} return at once", "the worrying sign of {e}", "what raises the alarm in {e}"],
+                 "say": ["In {e}, the alarm is raised by {v}.", "People with {e} should return at once for {v}.", "A worrying sign of {e} is {v}.",
+                         "{V} in {e} should bring immediate help.", "Someone with {e} comes back immediately with {v}."]},
+    "specialty": {"np": ["the department for {e}", "the branch that manages {e}", "the service for {e}", "the department to which {e} is sent"],
+                  "say": ["The department for {e} is {v}.", "Patients with {e} are sent to {v}.", "The branch of medicine for {e} is {v}.", "{V} manages {e}.",
+                          "The service responsible in {e} is {v}."]},
+    "drug_class": {"np": ["the family that {e} comes from", "the kind of drug that {e} is", "the category of {e}", "how {e} is sorted"],
+                   "say": ["{E} comes from the family {v}.", "The category of {e} is {v}.", "In the pharmacy, {e} is sorted under {v}.", "{E} counts as {a} {v}.",
+                           "{E} is {a} {v} by kind."]},
+    "use": {"np": ["the purpose of {e}", "the indication for {e}", "what {e} is prescribed for", "the chief use of {e}"],
+            "say": ["The purpose of {e} is {v}.", "{E} is prescribed for {v}.", "The chief indication for {e} is {v}.", "{E} is taken against {v}.",
+                    "Above all, {e} helps with {v}."]},
+    "side_effect": {"np": ["the unwanted effect of {e}", "the adverse effect of {e}", "the complaint of people on {e}", "the effect that {e} may bring"],
+                    "say": ["{E} may bring {v}.", "An unwanted effect of {e} is {v}.", "{V} {is} reported by patients who take {e}.", "The adverse effect listed with {e} is {v}.",
+                            "The complaint that follows {e} is {v}."]},
+    "caution": {"np": ["the contraindication to {e}", "the setting in which {e} is avoided", "the reason to hesitate over {e}", "the situation against {e}"],
+                "say": ["{E} is avoided in {v}.", "A contraindication to {e} is {v}.", "Doctors hesitate to prescribe {e} in {v}.", "{V} {is} the reason to avoid {e}.",
+                        "The setting that calls for caution with {e} is {v}."]},
+    "monitoring": {"np": ["the measurement made while on {e}", "the follow-up of {e}", "the item to review with {e}", "what clinics watch with {e}"],
+                   "say": ["While {e} is taken, clinics review {v}.", "The follow-up of {e} is {v}.", "Visits of people on {e} are for {v}.", "Clinics measure {v} with {e}.",
+                           "The item to follow with {e} is {v}."]},
+}
+CLAIMS = ["The {q} says that {n} is {w}.", "The {q} names {w} as {n}.", "The {q} asks whether {n} is {w}.", "The {q} asks whether the {p} names {w} as {n}.",
+          "The {q} wonders whether {n} would be {w}.", "The {q} takes {w} as {n}.", "According to the {q}, {n} is {w}.", "In the {q}, {w} {is_w} put forward as {n}.",
+          "The {q} calls {w} {n}.", "The {q} gives {w} as {n}.", "It is {w} that the {q} describes as {n}.", "The {q} points to {w} as {n}."]
+READERS = ["card", "claim", "label", "draft", "student", "message", "entry", "letter"]
+SOURCES = ["passage", "note", "text", "report", "extract", "summary", "leaflet", "passage"]
+SOUNDS = ["ba", "be", "bor", "ca", "cel", "cor", "da", "del", "dor", "fa", "fen", "ga", "gal", "hel", "ka", "kel", "la", "lev", "lo", "ma", "mel", "mor", "na", "ner", "no",
+          "pa", "pel", "por", "ra", "ren", "ro", "sa", "sel", "sor", "ta", "tel", "tor", "va", "ven", "vo", "za", "zel", "xi", "phy", "thra", "gly", "cra", "bri", "stel", "quin"]
+DISEASE_ENDS = ["itis", "osis", "oma", "aemia", "pathy", "algia", "uria", "ia", "iasis", "rrhoea", "plasia", "syndrome"]
+DRUG_ENDS = ["olol", "pril", "sartan", "statin", "azole", "ine", "ide", "mab", "cillin", "mycin", "oxacin", "amide", "idine", "afil", "gliptin", "parin", "one", "ate"]
+QUALIFIERS = ["acute", "chronic", "early", "mild", "severe", "late", "primary", "viral", "bacterial", "simple", "deep", "upper", "lower", "central", "congenital", "juvenile"]
+PLACES = ["knee", "hip", "eye", "ear", "throat", "skin", "heart", "lung", "kidney", "bladder", "liver", "bowel", "stomach", "back", "neck", "hand", "foot", "scalp", "jaw",
+          "brain", "nerve", "bone", "joint", "blood", "spleen", "chest", "calf", "wrist", "ankle", "shoulder", "tongue", "nose", "thyroid", "womb", "breast", "pelvis"]
+SENSES = ["pain", "swelling", "redness", "numbness", "weakness", "itching", "bleeding", "stiffness", "burning", "bruising", "rash", "lump", "cramps", "tenderness", "ulcers", "dryness"]
+MANNERS = ["sudden", "spreading", "severe", "slow", "mild", "painful", "painless", "new", "constant", "sharp", "dull", "hot", "cold", "swollen", "pale", "dark", "rapid", "repeated"]
+TESTS = ["scan", "ultrasound", "X-ray", "biopsy", "culture", "swab", "smear", "count", "level", "panel", "function tests", "MRI", "CT", "endoscopy", "microscopy", "antibody test",
+         "pressure reading", "tracing", "stain", "angiography", "examination"]
+WAYS = ["oral", "inhaled", "topical", "intravenous", "high-dose", "low-dose", "weekly", "daily", "urgent", "planned", "surgical", "supervised", "nasal", "long-term", "short-course"]
+CURES = ["rest", "drainage", "removal", "repair", "fluids", "antibiotics", "steroids", "massage", "exercises", "dressing", "splint", "oxygen", "drops", "cream", "diet", "injection",
+         "replacement", "counselling", "painkillers", "iron", "transfusion"]
+RISKS = ["pregnancy", "asthma", "epilepsy", "glaucoma", "gout", "old age", "driving", "alcohol use", "a slow pulse", "kidney disease", "liver disease", "heart block", "low sodium",
+         "high potassium", "breast feeding", "a peptic ulcer", "dehydration", "surgery"]
+CHECKS = ["pulse", "weight", "blood pressure", "potassium", "sodium", "liver function", "kidney function", "blood count", "mood", "growth", "bone density", "eyesight", "drug level",
+          "glucose", "calcium", "cholesterol", "hearing", "temperature"]
+
+
+def invent_name(rng, kind):
+    """A name that no condition or drug has."""
+    stem = "".join(rng.sample(SOUNDS, rng.choice((1, 2, 2, 3))))
+    if kind == "drug":
+        return stem + rng.choice(DRUG_ENDS)
+    ending = rng.choice(DISEASE_ENDS)
+    name = f"{cap(stem)} {ending}" if ending == "syndrome" else rng.choice((stem + ending, stem + ending, f"{rng.choice(PLACES)} {stem}{ending}", f"{rng.choice(PLACES)} {stem}"))
+    return f"{rng.choice(QUALIFIERS)} {name}" if rng.random() < 0.3 else name
+
+
+def invent_value(rng, slot):
+    """A made-up but readable value of a slot."""
+    place, manner, sense = rng.choice(PLACES), rng.choice(MANNERS), rng.choice(SENSES)
+    choices = {
+        "investigation": (f"{place} {rng.choice(TESTS)}", f"{manner} {place} {rng.choice(TESTS)}", f"{invent_name(rng, 'drug')} level", f"{place} {rng.choice(TESTS)}"),
+        "treatment": (f"{rng.choice(WAYS)} {invent_name(rng, 'drug')}", f"{rng.choice(WAYS)} {rng.choice(CURES)}", f"{place} {rng.choice(CURES)}", invent_name(rng, "drug")),
+        "red_flag": (f"{manner} {sense} of the {place}", f"{manner} {place} {sense}", f"{sense} with {rng.choice(SENSES)}", f"loss of {rng.choice(('sight', 'hearing', 'speech', 'feeling', 'balance'))}"),
+        "drug_class": (f"{place} {rng.choice(('blocker', 'relaxant', 'agonist', 'inhibitor', 'antibiotic'))}", f"{''.join(rng.sample(SOUNDS, 2))} {rng.choice(('blocker', 'inhibitor', 'derivative', 'agonist'))}"),
+        "use": (f"{place} {sense}", invent_name(rng, "condition"), f"{manner} {sense}"),
+        "side_effect": (f"{manner} {sense}", f"{place} {sense}", f"{manner} {place}s", sense),
+        "caution": (rng.choice(RISKS), invent_name(rng, "condition"), f"{manner} {sense}", f"a {manner} {place}"),
+        "monitoring": (rng.choice(CHECKS), f"{place} {rng.choice(TESTS)}", f"{rng.choice(CHECKS)} and {rng.choice(PLACES)}", f"{invent_name(rng, 'drug')} level"),
+    }
+    return rng.choice(choices[slot])
+
+
+def invent_entity(rng, kind, known, specialties):
+    """An entity that does not exist, with values that are partly borrowed from the known entities and partly made up."""
+    slots = {}
+    for slot in CONDITION_SLOTS if kind == "condition" else DRUG_SLOTS:
+        borrowed = rng.choice(known[kind]).slots[slot]
+        slots[slot] = rng.choice(specialties) if slot == "specialty" else borrowed if rng.random() < 0.5 else invent_value(rng, slot)
+    findings = tuple(f"{rng.choice(MANNERS)} {place} {rng.choice(SENSES)}" for place in rng.sample(PLACES, 3))
+    text = f"{rng.choice(SENSES)} of the {rng.choice(PLACES)} {rng.choice(('caused by', 'that follows', 'after', 'linked to'))} {rng.choice(MANNERS)} {rng.choice(SENSES)}"
+    return Entity(invent_name(rng, kind), kind, "train", slots, text, findings)
+
+
+def claim_about(rng, reading, pool):
+    """One more (entity, slot, decision, value) about a passage."""
+    entity = rng.choice(reading.entities)
+    stated = [slot for owner, slot in reading.stated if owner is entity]
+    decision = rng.choice(("yes", "no", "maybe"))
+    wanted = [slot for slot in entity.slots if (slot in stated) == (decision != "maybe")]
+    if not wanted:
+        return None
+    slot = rng.choice(wanted)
+    twin = [owner for owner, name in reading.stated if owner is not entity and name == slot and differ(owner.slots[slot], entity.slots[slot])]
+    return entity, slot, decision, asked_value(rng, entity, slot, decision, twin[0] if twin else None, pool)
+
+
+def claim_sentence(rng, entity, slot, value, source, reader):
+    """A statement of what somebody claims about a slot."""
+    names = WORDING[slot]["np"] + (WIDER[slot]["np"] if rng.random() < 0.5 else [])
+    if rng.random() < 0.35:
+        sentence = fill(rng.choice(WORDING[slot]["say"] + WIDER[slot]["say"]), e=entity.name, v=value)
+        return f"The {reader} reads: {sentence}"
+    name = rng.choice(names).format(e=entity.name)
+    return fill(rng.choice(CLAIMS), n=name, w=value, p=source, q=reader, is_w="are" if plural(value) else "is")
+
+
+def reading_document(rng, pool):
+    """A passage, then what others claim about it, each compared with the passage."""
+    entity = rng.choice(pool)
+    slot = rng.choice(list(entity.slots))
+    decision = rng.choice(("yes", "no", "maybe"))
+    reading = make_reading(rng, entity, slot, decision, pool, wording="wide")
+    lines = [f"{label}: {text}" if rng.random() < 0.9 else text for label, text in reading.sections]
+    passage = "\n".join(lines) if rng.random() < 0.75 else " ".join(text for _, text in reading.sections)
+    claims = [(entity, slot, decision, reading.value)] + [claim_about(rng, reading, pool) for _ in range(rng.choice((1, 2, 2, 3)))]
+    claims = [claim for claim in claims if claim]
+    rng.shuffle(claims)
+    source = rng.choice(SOURCES)
+    parts = [passage]
+    for reader, (owner, name, verdict, value) in zip(rng.sample(READERS, len(claims)), claims):
+        parts.append(claim_sentence(rng, owner, name, value, source, reader))
+        parts.append(compare(rng, owner, name, verdict, value, source, reader))
+    return "\n\n".join(parts)
+
+
+TRAITS = ["colour", "owner", "price", "weight", "home town", "tool", "size", "shape", "name", "age", "maker", "smell", "sound", "chief purpose", "main use", "first job", "usual place",
+          "opening hour", "latest order", "final decision", "leading idea", "hidden cost", "best season", "worst fault", "preferred road", "category", "family", "warning", "helper"]
+THINGS = ["shop", "boat", "garden", "bridge", "clock", "mill", "school", "lamp", "train", "ward", "library", "kitchen", "market", "cart", "well", "clinic", "office", "tower", "farm", "ship"]
+TRAIT_WORDS = ["red", "blue", "green", "small", "large", "round", "flat", "heavy", "light", "old", "young", "seven", "nine", "forty", "wood", "stone", "iron", "glass", "bread", "salt",
+               "north", "south", "winter", "summer", "spring", "noon", "dawn", "quiet", "loud", "sweet", "bitter", "simple", "broken", "clean", "narrow", "wide", "yes", "no", "maybe"]
+
+
+def trait_document(rng):
+    """The same reading skill away from medicine: things, their traits, and claims about them."""
+    things = [f"the {thing} of {cap(''.join(rng.sample(SOUNDS, 2)))}" for thing in rng.sample(THINGS, 2)]
+    facts = {}
+    for thing in things:
+        for trait in rng.sample(TRAITS, 3):
+            facts[f"the {trait} of {thing}"] = f"{rng.choice(TRAIT_WORDS)} {rng.choice(TRAIT_WORDS)}" if rng.random() < 0.6 else str(rng.randint(2, 999))
+    names = list(facts)
+    rng.shuffle(names)
+    hidden = names.pop()
+    text = " ".join(fill(rng.choice(["{N} is {v}.", "{V} is {n}.", "We know that {n} is {v}.", "It is {v} that serves as {n}."]), n=name, v=facts[name]) for name in names)
+    source, parts = rng.choice(SOURCES), []
+    for reader in rng.sample(READERS, 3):
+        decision = rng.choice(("yes", "no", "maybe"))
+        name = hidden if decision == "maybe" else rng.choice(names)
+        wrong = [value for value in facts.values() if differ(value, facts[name])] or ["nothing new"]
+        value = facts[name] if decision == "yes" else rng.choice(wrong)
+        parts.append(fill(rng.choice(CLAIMS), n=name, w=value, p=source, q=reader, is_w="is"))
+        parts.append(fill(rng.choice(COMPARE[decision]), n=name, v=facts[name], w=value, p=source, q=reader))
+    return "\n\n".join([text] + parts)
+
+
+def textbook_document(rng, entity, wording="wide"):
+    """Plain sentences with the facts of one entity, then some of them restated."""
+    sentences = [introduce(rng, entity, wording)] + ([describe_findings(rng, entity, wording)] if entity.findings else [])
+    slots = list(entity.slots)
+    rng.shuffle(slots)
+    sentences += [state(rng, entity, slot, wording) for slot in slots]
+    sentences.append(rng.choice(("In short: ", "Put another way: ", "To repeat: ")) + state(rng, entity, slots[0], wording))
+    return " ".join(sentences)
+
+
+PEOPLE = ["man", "woman", "teacher", "farmer", "nurse", "driver", "student", "cook", "clerk", "builder"]
+OPENINGS = ["came to the clinic with", "had", "was seen with", "wrote about", "noticed", "told the doctor about"]
+
+
+def case_document(rng, entity):
+    """The story of a patient, what the team thought, and what was done."""
+    person, age = rng.choice(PEOPLE), rng.randint(18, 88)
+    if entity.kind == "drug":
+        return (f"{cap(aged(age))} {person} takes {entity.name} for {entity.slots['use']}. {cap(entity.name)} is {article(entity.slots['drug_class'])} {entity.slots['drug_class']}. "
+                f"Later there was {entity.slots['side_effect']}. The leaflet lists {entity.slots['side_effect']} with {entity.name}, so the two fit. "
+                f"The team checks {entity.slots['monitoring']} and thinks about {entity.slots['caution']}.\n\nIn short, the {person} of {age} takes {entity.name}, "
+                f"has {entity.slots['side_effect']}, and needs {entity.slots['monitoring']} checked.")
+    found = rng.sample(entity.findings, 3)
+    first, second, third = found
+    return (f"{cap(aged(age))} {person} {rng.choice(OPENINGS)} {first}, {second} and {third}. The team thought of {entity.name}. "
+            f"The guide puts {entity.slots['investigation']} first and then {entity.slots['treatment']}. {cap(entity.slots['red_flag'])} would call for urgent care.\n\n"
+            f"The {person} is {age} and has {first}, {second} and {third}. These findings fit {entity.name}. The first test is {entity.slots['investigation']}. "
+            f"If it supports {entity.name}, treatment starts with {entity.slots['treatment']}. The {person} will come back at once for {entity.slots['red_flag']}.")
+
+
+def drill_document(rng):
+    """Lists read twice, and pairs that agree or differ."""
+    slot = rng.choice(("investigation", "treatment", "red_flag", "side_effect", "monitoring"))
+    items = [invent_value(rng, slot) for _ in range(rng.randint(3, 6))]
+    if rng.random() < 0.5:
+        listed = ", ".join(items)
+        return f"The list reads: {listed}. Read again, the list is: {listed}. The first item is {items[0]} and the last is {items[-1]}."
+    lines = []
+    for item in items:
+        other = item if rng.random() < 0.5 else rng.choice([value for value in items if value != item] or [item + " again"])
+        verdict = "agree" if item == other else "differ"
+        lines.append(rng.choice([f"One chart says {item} and the other says {other}, so the two {verdict}.", f"First {item}, then {other}: the two {verdict}."]))
+    return " ".join(lines)
+
+
+GENERAL = ["A test can rule a disease in or out, but no test is perfect.", "To start with means to do first; an initial step is a first step.", "Therapy is another word for treatment.",
+           "A remedy is a treatment, and a medicine is a drug.", "A question is answered yes, no or maybe.", "The final decision was left to the patient and the family.",
+           "An adverse effect is an unwanted effect of a drug.", "Maybe it will rain tonight; maybe it will stay dry.", "The nurse said yes, the porter said no, and the clerk said maybe.",
+           "A contraindication is a reason against giving a drug.", "The day will end with a walk by the river.", "Doctors listen, look, feel and then decide.", "Thank you for the letter, wrote the teacher.",
+           "I hope you are well, the letter said, and please write soon.", "An alarm sign is a warning sign.", "A note that says nothing on a point leaves the point open.",
+           "Notes that name the same thing agree, and notes that name different things differ.", "Hello, said the doctor, and please sit down.", "We think before we speak, and we read before we judge.",
+           "The purpose of a drug is its use.", "Reports describe what was seen; summaries describe what matters.", "The library is open on most days and closed on the others."]
+
+
+def general_document(rng):
+    """A few general sentences, some with numbers and names."""
+    lines = rng.sample(GENERAL, 4)
+    person, town = cap("".join(rng.sample(SOUNDS, 2))), cap("".join(rng.sample(SOUNDS, 2)))
+    lines.append(f"{person} walked from {town} to the {rng.choice(THINGS)} in {rng.randint(2, 59)} minutes, and {person} came back to {town} later.")
+    rng.shuffle(lines)
+    return " ".join(lines)
+
+
+def corpus(seed, folder=".", facts_seed=42):
+    """An endless stream of pre-training documents; only facts of the training partition are in it."""
+    rng = random.Random(f"{seed}-corpus")
+    entities = load_facts(folder, facts_seed)
+    names = {entity.name.lower() for entity in entities}
+    train = [entity for entity in entities if entity.part == "train"]
+    known = {kind: [entity for entity in train if entity.kind == kind] for kind in ("condition", "drug")}
+    specialties = sorted({entity.slots["specialty"] for entity in known["condition"]})
+    while True:
+        invented = [invent_entity(rng, kind, known, specialties) for kind in ("condition", "drug") for _ in range(24)]
+        invented = [entity for entity in invented if entity.name.lower() not in names]
+        for _ in range(40):
+            pool = invented if rng.random() < 0.8 else train
+            kind = rng.choices(("reading", "trait", "textbook", "case", "drill", "general"), (56, 12, 8, 12, 9, 3))[0]
+            yield make_document(rng, kind, pool, train)
+
+
+def make_document(rng, kind, pool, train):
+    """One document of a kind."""
+    if kind == "reading":
+        return reading_document(rng, pool)
+    if kind == "textbook":
+        return textbook_document(rng, rng.choice(train))
+    if kind == "case":
+        return case_document(rng, rng.choice(pool))
+    return {"trait": trait_document, "drill": drill_document, "general": general_document}[kind](rng)
