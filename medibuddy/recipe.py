@@ -195,6 +195,10 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    def __post_init__(self):
+        room = self.model.max_seq_length - self.eval.max_new_tokens
+        require(room >= 16, "eval.max_new_tokens", self.eval.max_new_tokens, f"it leaves {room} of `model.max_seq_length` = {self.model.max_seq_length} tokens for the prompt; lower the one or raise the other.")
+
     def to_dict(self) -> dict:  # JSON-ready, every default filled in
         "The resolved recipe as plain values"
         return json.loads(json.dumps(asdict(self)))

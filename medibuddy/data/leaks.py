@@ -15,9 +15,9 @@ from .example import Example
 from ..run import UsageError
 
 # %% auto #0
-__all__ = ['WORDS', 'SLIP_LENGTH', 'LONG_TEXT', 'HASH_SPACE', 'LOOKUPS', 'OCCURRENCES', 'SHARED', 'BLOCK', 'IDENTIFYING',
-           'SAME_QUESTION', 'Leak', 'normalise', 'one_slip', 'forgive_slips', 'features', 'similarity', 'Rarity',
-           'candidate_pairs', 'find_leaks']
+__all__ = ['WORDS', 'SLIP_LENGTH', 'LONG_TEXT', 'ADDED', 'SENTENCE', 'HASH_SPACE', 'LOOKUPS', 'OCCURRENCES', 'SHARED', 'OVERLAP',
+           'BLOCK', 'IDENTIFYING', 'SAME_QUESTION', 'Leak', 'normalise', 'one_slip', 'forgive_slips', 'features',
+           'similarity', 'sentences', 'likeness', 'Rarity', 'candidate_pairs', 'find_leaks']
 
 # %% ../../nbs/api/13a_leaks.ipynb #9cb79612
 @dataclass(frozen=True)
@@ -91,11 +91,37 @@ def similarity(
         return shared / min(one_weight, two_weight)
     return shared / math.sqrt(one_weight * two_weight) if one_weight and two_weight else 0.0
 
+# %% ../../nbs/api/13a_leaks.ipynb #662b5798
+ADDED = 0.85  # what a similarity counts when a sentence has been set aside
+SENTENCE = re.compile(r"[.!?;:]+\s+|\n+")
+
+
+def sentences(
+    text: str,  # any text
+) -> list[str]:  # normalised, empty ones left out
+    "The sentences of a text"
+    return [words for part in SENTENCE.split(text) if (words := normalise(part))]
+
+
+def likeness(
+    first: list[str],  # sentences of a text
+    second: list[str],  # sentences of another
+    weight,  # the weight of a feature, from `Rarity.weight`
+) -> float:  # 0 to 1
+    "The similarity of two texts, a sentence added at either end of one set aside"
+    shorter, longer = sorted((first, second), key=lambda text: sum(map(len, text)))
+    words = " ".join(shorter).split()
+    whole = similarity(words, " ".join(longer).split(), weight)
+    if len(longer) < 2:
+        return whole
+    return max(whole, *(ADDED * similarity(words, " ".join(part).split(), weight) for part in (longer[:-1], longer[1:])))
+
 # %% ../../nbs/api/13a_leaks.ipynb #99021cbb
 HASH_SPACE = 2**22  # columns of the sparse matrix; a collision only makes a feature look more common
 LOOKUPS = 48  # rarest features a test text is looked up by
 OCCURRENCES = 4000  # training texts met per test text, about, before the rest of its features is left out
-SHARED = 0.3  # share of looked-up features a candidate must have
+SHARED = 0.25  # share of the weight looked up that a candidate must have
+OVERLAP = 0.4  # share of the smaller text's weight that a candidate must have before slips are forgiven
 BLOCK = 512  # test texts per sparse product
 
 
@@ -107,13 +133,14 @@ class Rarity:
         train: list[str],  # normalised texts
         test: list[str],  # normalised texts
     ):
+        import numpy
         from sklearn.feature_extraction.text import HashingVectorizer  # 1 s that only a leak search should wait for
 
-        hasher = HashingVectorizer(analyzer=_feature_list, n_features=HASH_SPACE, norm=None, alternate_sign=False, binary=True)
+        hasher = HashingVectorizer(analyzer=_feature_list, n_features=HASH_SPACE, norm=None, alternate_sign=False, binary=True, dtype=numpy.float32)
         self.train, self.test = hasher.transform(train), hasher.transform(test)
-        self.in_train = _column_counts(self.train)
-        self.counts = self.in_train + _column_counts(self.test)
-        self.texts = len(train) + len(test)
+        self.in_train = numpy.bincount(self.train.indices, minlength=HASH_SPACE)
+        counts = self.in_train + numpy.bincount(self.test.indices, minlength=HASH_SPACE)
+        self.weights = numpy.log1p((len(train) + len(test)) / numpy.maximum(1, counts)).astype(numpy.float32)
 
     def weight(
         self,
@@ -122,39 +149,38 @@ class Rarity:
         "How much a feature identifies a text"
         from sklearn.utils import murmurhash3_32
 
-        found = self.counts[abs(murmurhash3_32(feature, seed=0)) % HASH_SPACE]
-        return math.log1p(self.texts / max(1, int(found)))
+        return float(self.weights[abs(murmurhash3_32(feature, seed=0)) % HASH_SPACE])
 
 
 def _feature_list(text: str) -> list[str]:
     "Features of a normalised text, as the vectoriser wants them"
     return list(features(text.split()))
 
-
-def _column_counts(matrix):
-    "In how many rows each column of a sparse 0/1 matrix is set"
-    import numpy
-
-    return numpy.bincount(matrix.indices, minlength=HASH_SPACE)
-
 # %% ../../nbs/api/13a_leaks.ipynb #546d955e
 def candidate_pairs(
     rarity: Rarity,  # hashed texts
 ) -> list[tuple[int, int]]:  # row numbers (train, test)
-    "Pairs of texts that share enough rare features to be worth comparing"
+    "Pairs of texts that share enough of what is rare to be worth comparing word by word"
     import numpy
-    from scipy.sparse import csr_matrix
+    from scipy.sparse import csr_matrix, diags
 
+    weighted = rarity.test @ diags(rarity.weights)
+    sizes = [(matrix @ rarity.weights)[:, None] for matrix in (rarity.train, rarity.test)]
     pairs = []
     for start in range(0, rarity.test.shape[0], BLOCK):
-        block = rarity.test[start:start + BLOCK]
+        block = weighted[start:start + BLOCK]
         chosen = [_rarest(block.indices[block.indptr[row]:block.indptr[row + 1]], rarity.in_train) for row in range(block.shape[0])]
         pointers = numpy.cumsum([0, *map(len, chosen)])
-        lookups = csr_matrix((numpy.ones(pointers[-1], dtype=numpy.int32), numpy.concatenate(chosen) if chosen else [], pointers), shape=block.shape)
-        shared = (lookups @ rarity.train.T.astype(numpy.int32)).tocoo()
-        wanted = numpy.maximum(1, SHARED * numpy.diff(pointers))[shared.row]
-        keep = shared.data >= wanted
-        pairs += zip(shared.col[keep].tolist(), (shared.row[keep] + start).tolist(), strict=True)
+        columns = numpy.concatenate(chosen)
+        lookups = csr_matrix((rarity.weights[columns], columns, pointers), shape=block.shape)
+        met = (lookups @ rarity.train.T).tocoo()
+        wanted = SHARED * numpy.asarray(lookups.sum(axis=1)).ravel()[met.row]
+        rows, others = met.row[met.data >= wanted], met.col[met.data >= wanted]
+        # all features of the few that are left, not only the rarest
+        shared = numpy.asarray(block[rows].multiply(rarity.train[others]).sum(axis=1)).ravel()
+        smaller = numpy.minimum(sizes[1][rows + start, 0], sizes[0][others, 0])
+        keep = shared >= OVERLAP * smaller
+        pairs += zip(others[keep].tolist(), (rows[keep] + start).tolist(), strict=True)
     return pairs
 
 
@@ -184,10 +210,11 @@ def find_leaks(
         raise UsageError(f"`threshold` is {threshold!r}, give a similarity above 0 and up to 1.")
     found: dict[tuple[int, int], Leak] = {}
     keys = defaultdict(list)
-    texts = {name: [(normalise(row.question), normalise(row.context or "")) for row in rows] for name, rows in (("train", train), ("test", test))}
-    for number, key in enumerate(texts["train"]):
-        keys[key].append(number)
-    for number, key in enumerate(texts["test"]):
+    texts = {name: [(sentences(row.question), sentences(row.context or "")) for row in rows] for name, rows in (("train", train), ("test", test))}
+    for number, (question, context) in enumerate(texts["train"]):
+        keys[" ".join(question), " ".join(context)].append(number)
+    for number, (question, context) in enumerate(texts["test"]):
+        key = " ".join(question), " ".join(context)
         for other in keys.get(key, []):
             exact = (train[other].question, train[other].context) == (test[number].question, test[number].context)
             found[other, number] = Leak(train[other].id, test[number].id, "exact" if exact else "normalised", 1.0)
@@ -199,22 +226,22 @@ def find_leaks(
 
 def _near(
     kind: str,  # "question" or "passage"
-    train: list[tuple[str, str]],  # normalised question and context
-    test: list[tuple[str, str]],  # normalised question and context
+    train: list[tuple[list[str], list[str]]],  # sentences of question and context
+    test: list[tuple[list[str], list[str]]],  # sentences of question and context
     threshold: float,  # similarity from which two texts count as one
 ):  # yields ((train row, test row), similarity)
     "Near-duplicate questions or passages"
     if not train or not test or (kind == "passage" and not any(context for _, context in train + test)):
         return
     sides = [[question if kind == "question" else context or question for question, context in side] for side in (train, test)]
-    rarity = Rarity(*sides)
+    rarity = Rarity(*([" ".join(text) for text in side] for side in sides))
     for first, second in candidate_pairs(rarity):
-        (question, context), (other_question, other_context) = train[first], test[second]
-        if kind == "passage" and not (context or other_context):
+        contexts = bool(train[first][1]) + bool(test[second][1])
+        if kind == "passage" and not contexts:
             continue  # two bare questions are compared as questions
-        score = similarity(sides[0][first].split(), sides[1][second].split(), rarity.weight)
-        apart = kind == "question" and context and other_context
-        if apart and (score < SAME_QUESTION or min(question.count(" "), other_question.count(" ")) + 1 < IDENTIFYING):
-            continue
+        score = likeness(sides[0][first], sides[1][second], rarity.weight)
+        if kind == "question" and contexts == 2:
+            words = min(sum(sentence.count(" ") + 1 for sentence in side) for side in (train[first][0], test[second][0]))
+            score = score if words >= IDENTIFYING and score >= SAME_QUESTION else 0.0
         if score >= threshold:
             yield (first, second), score

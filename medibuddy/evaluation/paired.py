@@ -6,8 +6,8 @@
 __all__ = ['ALPHA', 'RESAMPLES', 'SEED', 'FEWEST', 'NARROW', 'BETTER', 'WORSE', 'NO_DIFFERENCE', 'TOO_FEW', 'PERMUTATIONS',
            'align', 'mcnemar_p', 'tango_score', 'tango_interval', 'resampled_tables', 'macro_f1_of',
            'percentile_interval', 'bootstrap_intervals', 'minimum_detectable', 'judge', 'points', 'spell_p',
-           'decision_sentence', 'side', 'compare_graded', 'mean_test', 'compare_texts', 'compare_sources',
-           'compare_paired']
+           'decision_sentence', 'side', 'compare_graded', 'sign_flip_p', 'mean_test', 'compare_texts',
+           'compare_sources', 'compare_paired']
 
 # %% ../../nbs/api/43_paired.ipynb #9ffc8aa0
 from math import sqrt
@@ -256,21 +256,31 @@ def compare_graded(
 PERMUTATIONS = 9_999  # sign flips; with the observed one the smallest p is 1 in 10,000
 
 
+def sign_flip_p(
+    differences: np.ndarray,  # paired differences other than 0, at least one
+) -> float:  # two-sided
+    "Sign-flip permutation test of a mean paired difference"
+    if 2 ** len(differences) <= PERMUTATIONS:
+        return float(permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=PERMUTATIONS, vectorized=True, axis=-1).pvalue)
+    random, width, total = np.random.default_rng(SEED), (len(differences) + 7) // 8, differences.sum()
+    extreme = 0
+    for start in range(0, PERMUTATIONS, 100):
+        count = min(100, PERMUTATIONS - start)
+        bits = np.unpackbits(np.frombuffer(random.bytes(count * width), dtype=np.uint8).reshape(count, width), axis=1)[:, : len(differences)]
+        extreme += int(np.count_nonzero(np.abs(2 * (bits @ differences) - total) >= abs(total) - 1e-12))
+    return (extreme + 1) / (PERMUTATIONS + 1)
+
+
 def mean_test(
     differences: np.ndarray,  # tuned minus base, one a question
 ) -> tuple[list[float] | None, float]:  # 95 % interval of the mean (None below two questions), two-sided p
     "Bootstrap interval and sign-flip p-value of a mean paired difference"
     if len(differences) < 2 or not differences.any():
         return ([0.0, 0.0] if len(differences) > 1 else None), 1.0
-    batch = max(1, 2_000_000 // len(differences))  # keeps a batch of resamples at some 16 MB
     interval = bootstrap(
-        (differences,), np.mean, n_resamples=RESAMPLES, method="percentile", batch=batch, rng=np.random.default_rng(SEED), vectorized=True
+        (differences,), np.mean, n_resamples=RESAMPLES, method="percentile", batch=max(1, 400_000 // len(differences)), rng=np.random.default_rng(SEED), vectorized=True
     ).confidence_interval
-    changed = differences[differences != 0]  # a sign flip of 0 changes nothing
-    flipped = permutation_test(
-        (changed,), np.sum, permutation_type="samples", n_resamples=PERMUTATIONS, batch=max(1, 2_000_000 // len(changed)), rng=np.random.default_rng(SEED), vectorized=True
-    )
-    return [float(interval.low), float(interval.high)], float(flipped.pvalue)
+    return [float(interval.low), float(interval.high)], sign_flip_p(differences[differences != 0])
 
 
 def compare_texts(

@@ -182,10 +182,11 @@ SPOKEN = {"respiratory": "respiratory medicine"}  # specialty names that do not 
 
 
 def load_facts(folder=".", seed=42):
-    """All conditions and drugs, partitioned by name."""
+    """All conditions and drugs with a name in the singular, partitioned by name."""
     entities = []
     for kind, slots in (("condition", CONDITION_SLOTS), ("drug", DRUG_SLOTS)):
         rows = sorted(read_table(Path(folder) / f"{kind}s.csv"), key=lambda row: row[kind])
+        rows = [row for row in rows if not plural(row[kind])]
         random.Random(f"{seed}-{kind}").shuffle(rows)
         for position, row in enumerate(rows):
             findings = tuple(row[f"finding_{number}"] for number in (1, 2, 3)) if kind == "condition" else ()
@@ -203,14 +204,18 @@ def part_of(fraction):
     return PARTS[-1][0]
 
 
-SINGULAR_S = {"measles", "mumps", "rickets", "diabetes", "herpes", "scabies", "rabies", "shingles", "ascites", "pus", "caries"}
+SINGULAR_S = {"gas", "lens", "measles", "mumps", "rickets", "diabetes", "herpes", "scabies", "rabies", "shingles", "ascites", "pus", "caries"}
+
+SINGULAR_PHRASES = {"alpha and beta blocker", "exposure and response prevention", "fluid and toileting diary", "platelet count and film"}
 
 
 def plural(phrase):
     """Whether a noun phrase takes a plural verb ("blood cultures" does, "urinalysis" and "loss of vision" do not)."""
     head = phrase.replace("ear nose and throat", "throat")
-    for preposition in (" of ", " in ", " with ", " by ", " for ", " to ", " on ", " after ", " from ", " without ", " under ", " at ", " when ", " due ", " over ", " around "):
+    for preposition in (" of ", " in ", " with ", " by ", " for ", " to ", " on ", " after ", " from ", " without ", " under ", " at ", " when ", " due ", " over ", " around ", " above ", " up ", " if ", " during ", " until "):
         head = head.split(preposition)[0]
+    if phrase in SINGULAR_PHRASES or head.split()[0] in ("stopping", "soaking"):
+        return False
     if " and " in head:
         return True
     word = head.split()[-1].lower()
@@ -332,10 +337,10 @@ def differ(left, right):
 
 def make_reading(rng, entity, slot, decision, pool, wording="train"):
     """A passage about one or two entities, so that reading it gives the wanted decision."""
-    partner = partner_for(rng, entity, pool) if rng.random() < 0.6 else None
+    partner = partner_for(rng, entity, pool) if rng.random() < 0.7 else None
     others = [name for name in entity.slots if name != slot]
     own = rng.sample(others, (1 if partner else 2) + (decision == "maybe"))
-    partner_states = bool(partner) and rng.random() < 0.75 and differ(partner.slots[slot], entity.slots[slot])
+    partner_states = bool(partner) and rng.random() < 0.8 and differ(partner.slots[slot], entity.slots[slot])
     value = asked_value(rng, entity, slot, decision, partner if partner_states else None, pool)
     against = None
     if decision != "maybe":
@@ -365,9 +370,9 @@ def stated_slots(entity, own, slot, decision, opened, partner, about):
 
 def asked_value(rng, entity, slot, decision, partner, pool):
     """The value that the question asks about."""
-    if decision == "yes" or (decision == "maybe" and rng.random() < 0.5):
+    if decision == "yes" or (decision == "maybe" and rng.random() < 0.4):
         return entity.slots[slot]
-    if partner and rng.random() < 0.65:
+    if partner and rng.random() < 0.8:
         return partner.slots[slot]
     return other_value(rng, entity, slot, pool)
 
