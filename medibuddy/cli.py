@@ -261,12 +261,13 @@ def main(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(arguments)
-    except KeyboardInterrupt:
+        status = app(arguments, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
         print("\ninterrupted; run the same command again to continue where it was.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         fail(error, "--json" in (arguments or sys.argv))
+    sys.exit(status or 0)
 
 # %% ../nbs/api/90_cli.ipynb #56725e4a
 def fail(
@@ -276,6 +277,9 @@ def fail(
     "Print one of our errors and exit with its status; raise any other again"
     from medibuddy.run import RunError, UsageError, explain_os_error
 
+    if isinstance(error, typer.BadParameter.__mro__[2]):  # ClickException: an option or argument that Typer did not accept
+        error.show()
+        sys.exit(error.exit_code)
     if isinstance(error, OSError) and not isinstance(error, (UsageError, RunError)):
         error = explain_os_error(error, getattr(error, "filename", None) or "a file") if error.errno else error
     if not isinstance(error, (UsageError, RunError)):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'claim_run', 'reopen_run', 'source_sha256', 'drop_leaking_rows', 'fit_rows', 'account_for', 'prepare_rows',
-           'do_prepare', 'prepare', 'read_split', 'do_train', 'train', 'locked_run', 'encode_questions', 'task_labels',
-           'do_generate', 'do_score', 'evaluate', 'compare', 'report', 'demo']
+           'do_prepare', 'prepare', 'read_split', 'announce', 'do_train', 'train', 'locked_run', 'encode_questions',
+           'task_labels', 'do_generate', 'do_score', 'evaluate', 'compare', 'report', 'demo']
 
 # %% ../nbs/api/80_flow.ipynb #a1d060f4
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from .data.cleaning import clean
 from .data.example import Dropped, Example, labels_of
 from .data.sources import load_with_report, named_splits
 from .data.splits import find_leaks, split_examples
-from .hardware import describe_environment, detect_hardware
+from .hardware import Hardware, describe_environment, detect_hardware
 from .models.loaders import add_lora, count_parameters, load_adapter, load_base, load_tokenizer, model_sha256
 from .recipe import Recipe, differences
 from .run import Run, RunError, UsageError, check_inputs, locked, open_run, read_json, read_jsonl, sha256_file, sha256_files, sha256_text, stage, stage_key, to_json, write_atomic, write_json, write_jsonl
@@ -139,7 +140,7 @@ def prepare_rows(
             raise UsageError(f"no row is left to {name} on in {data.path or data.source}: {len(unread)} could not be read, {len(cleaned.dropped)} were not usable, {len(too_long)} are longer than `model.max_seq_length` = {recipe.model.max_seq_length} tokens, {len(leaks)} leak. Give a larger file, or raise that length.")
     account = account_for(
         recipe, rows, len(loaded) + len(unread), [*unread, *cleaned.dropped, *too_long, *leaks],
-        changed=len(cleaned.changed), leaks=len(leaks), context_cut=cut, split_rule="ids named by the data set" if named else "hash of the row's content and group",
+        changed=len(cleaned.changed), leaks=len(leaks), context_cut=sum(cut.values()), split_rule="ids named by the data set" if named else "hash of the row's content and group",
     )
     return rows, account
 
@@ -178,6 +179,18 @@ def read_split(
     return [Example.from_dict(row) for row in read_jsonl(run.path / "data" / f"{name}.jsonl")]
 
 # %% ../nbs/api/80_flow.ipynb #48208e99
+def announce(
+    recipe: Recipe,
+    hardware: Hardware,
+    model: Any,  # a PEFT model
+    rows: int,  # training rows
+) -> None:
+    "Say on standard error what is about to be trained, and on what"
+    trainable, total = count_parameters(model)
+    print(f"recipe {recipe.name}: {rows:,} rows, LoRA r={recipe.lora.r}, {trainable:,} of {total:,} parameters train", file=sys.stderr)
+    print(f"on {hardware.name} ({hardware.cpu_count} processors): {hardware.dtype}. {hardware.reason}", file=sys.stderr)
+
+# %% ../nbs/api/80_flow.ipynb #a37370a3
 def do_train(
     run: Run,
     recipe: Recipe,
@@ -201,6 +214,7 @@ def do_train(
             model = load_base(recipe.model.name, recipe.model.revision, hardware.dtype, hardware.device)
             run.manifest["base_model"] = base | {"parameters": count_parameters(model)[1]}
             model = add_lora(model, recipe.lora, recipe.train.seed)
+            announce(recipe, hardware, model, len(train_rows))
             key = stage_key("train", depends, [run.manifest["files"][i]["sha256"] for i in inputs])
             facts |= train_adapter(recipe, model, tokenizer, train_rows, validation_rows, run.path, key, resume)
             facts |= {"rows": len(train_rows), "hardware": hardware.to_dict()}

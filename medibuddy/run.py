@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['UsageError', 'RunError', 'explain_os_error', 'sync_folder', 'write_atomic', 'folder_atomic', 'to_json', 'write_json',
            'write_jsonl', 'read_json', 'read_jsonl', 'append_jsonl', 'sha256_text', 'sha256_file', 'sha256_files',
-           'seal', 'code_sha256', 'Run', 'open_run', 'locked', 'check_inputs', 'stage_key', 'peak_memory_mb', 'stage']
+           'seal', 'code_sha256', 'Run', 'open_run', 'sweep', 'locked', 'check_inputs', 'stage_key', 'peak_memory_mb',
+           'stage']
 
 # %% ../nbs/api/02_run.ipynb #46b0e0fd
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -278,6 +280,15 @@ def open_run(
         raise UsageError(f"{path} holds no manifest.json, so it is not a medibuddy run directory; give the folder that `medibuddy train --run` wrote.")
     return Run(path)
 
+# %% ../nbs/api/02_run.ipynb #ba0d6d20
+def sweep(
+    path: str | Path,  # a run directory that this process has locked
+) -> None:
+    "Remove what killed processes left under temporary names"
+    for leftover in sorted(Path(path).rglob(".*")):
+        if re.fullmatch(r"\..+\.\d+\.(tmp|old)", leftover.name):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
 # %% ../nbs/api/02_run.ipynb #a6090f06
 @contextmanager
 def locked(
@@ -300,6 +311,7 @@ def locked(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"another medibuddy process is working in {path}; wait for it to end, or choose another run directory.") from None
+        sweep(path)
         yield
 
 # %% ../nbs/api/02_run.ipynb #1d8eb987

@@ -41,4 +41,4 @@ def test_long_batches_do_not_come_first():
     order = length_grouped_order(lengths, 8, 0, 0)
     firsts = [lengths[order[start]] for start in range(0, 1000, 8)]
     assert firsts != sorted(firsts) and firsts != sorted(firsts, reverse=True)
-    assert padding_share(lengths, order, 8) < 0.02
+    assert padding_share(lengths, order, 8) < 0.03

@@ -111,6 +111,21 @@ def test_semicolons_and_quoted_newlines(tmp_path):
     assert load_examples("healthcaremagic", path)[0].question == "My toe\nhurts, badly."
 
 
+def test_an_open_quote_does_not_swallow_the_rest(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('input,output\nMy toe hurts.,"It may be gout.\nMy ear hurts.,It may be an infection.\n')
+    with pytest.raises(UsageError, match="rows.csv: broken CSV in the record that starts at line 2"):
+        load_examples("healthcaremagic", path)
+
+
+def test_not_a_number_is_an_empty_cell(tmp_path):
+    # pandas writes empty cells as NaN, into JSON too
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"Question": "What is gout?", "Complex_CoT": NaN, "Response": "A joint disease."}\n{"Question": NaN, "Complex_CoT": "a", "Response": "b b"}\n')
+    examples, dropped = load_with_report("medical-o1", path)
+    assert examples[0].reasoning is None and [row.reason for row in dropped] == ["no question"]
+
+
 def test_limit_counts_examples_not_rows(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{**HCM, "input": ""}, *({**HCM, "input": f"Toe {n} hurts."} for n in range(5))])
     assert [example.question for example in load_examples("healthcaremagic", path, limit=2)] == ["Toe 0 hurts.", "Toe 1 hurts."]

@@ -80,6 +80,8 @@ def render_training(
     ]
     wholes = tokenizer.apply_chat_template(conversations, chat_template=frame.training_template, tokenize=False)
     for example, prompt, completion, whole in zip(examples, prompts, completions, wholes, strict=True):
+        if frame.bos_text and prompt.count(frame.bos_text) != 1:
+            raise ChatContractError(example.id, "exactly one BOS", f"the template puts {prompt.count(frame.bos_text)} of {frame.bos_text!r} into the prompt. Mend the template.")
         if not whole.startswith(prompt + completion) or whole[len(prompt + completion):].strip() not in (frame.end_text, ""):
             wanted = prompt + completion + frame.end_text
             at = next((place for place, (a, b) in enumerate(zip(whole, wanted, strict=False)) if a != b), min(len(whole), len(wanted)))

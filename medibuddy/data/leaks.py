@@ -140,12 +140,12 @@ class Rarity:
         self.train, self.test = hasher.transform(train), hasher.transform(test)
         self.in_train = numpy.bincount(self.train.indices, minlength=HASH_SPACE)
         counts = self.in_train + numpy.bincount(self.test.indices, minlength=HASH_SPACE)
-        self.weights = numpy.log1p((len(train) + len(test)) / numpy.maximum(1, counts)).astype(numpy.float32)
+        self.weights = numpy.maximum(0.1, numpy.log((len(train) + len(test) + 1) / numpy.maximum(1, counts))).astype(numpy.float32)
 
     def weight(
         self,
         feature: str,  # a word or a pair of words
-    ) -> float:  # log(1 + N / n)
+    ) -> float:  # log((N + 1) / n), at least 0.1
         "How much a feature identifies a text"
         from sklearn.utils import murmurhash3_32
 

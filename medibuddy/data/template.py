@@ -62,6 +62,7 @@ class Frame:
     thought_open: bool  # does the generation prompt end in "<think>\n"?
     end_text: str  # the end-of-turn token
     end_id: int  # its id; generation stops there
+    bos_text: str | None  # the beginning-of-sequence token; None where the tokenizer has none
     bos_id: int | None  # None where the tokenizer has no beginning-of-sequence token
     control_ids: frozenset[int]  # ids of all special tokens
     prompt_controls: tuple[int, ...]  # the special tokens of a prompt, in order
@@ -90,6 +91,6 @@ def chat_frame(
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     spelt = [*tokenizer.convert_ids_to_tokens(sorted(special)), "<think>", "</think>"]
     return Frame(
-        template, training, thought_open, end_text, end_ids[0], tokenizer.bos_token_id, frozenset(special),
+        template, training, thought_open, end_text, end_ids[0], tokenizer.bos_token, tokenizer.bos_token_id, frozenset(special),
         tuple(number for number in prompt_ids if number in special), re.compile("|".join(re.escape(token) for token in spelt)),
     )

@@ -85,9 +85,10 @@ def bars_figure(
             axis.barh(row + offset, value, height=0.34, color=colour, label=side if row == 0 else None)
             if low is not None:
                 axis.errorbar(value, row + offset, xerr=[[max(value - low, 0)], [max(high - value, 0)]], color=INK, linewidth=1, capsize=3)
-            axis.text(max(value, high or 0) + 2, row + offset, f"{value:.0f}", va="center", fontsize=FONT["size"], color=INK)
+            axis.text(max(value, high or 0) + 2, row + offset, f"{value:.0f}", va="center", fontsize=FONT["size"], color=INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     axis.set_yticks(range(len(groups)), [f"{wrap(group['name'])}\nn = {group['n']}" for group in reversed(groups)])
     axis.set(xlim=(0, 108), xlabel=label, xticks=range(0, 101, 25))
+    axis.tick_params(axis="y", length=0)
     if line:
         axis.axvline(100 * line[0], color=INK, linestyle=":", linewidth=1.2, label=line[1])
     handles, names = axis.get_legend_handles_labels()
@@ -158,7 +159,7 @@ def flips_figure(
         axis.text(-lost - 0.03 * widest, row, lost, va="center", ha="right", fontsize=FONT["size"], color=INK)
     axis.axvline(0, color=INK, linewidth=1)
     axis.set_yticks(range(len(groups)), [wrap(name) for name, _, _ in reversed(groups)])
-    axis.set(xlim=(-1.25 * max(max(lost for _, _, lost in groups), 0.12 * widest), 1.18 * widest), xlabel="questions that changed sides")
+    axis.set(xlim=(-max(lost for _, _, lost in groups) - 0.2 * widest, 1.2 * widest), xlabel="questions that changed sides")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.xaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
     axis.spines["left"].set_visible(False)

@@ -118,18 +118,17 @@ def generate_answers(
     "Answer every question, continuing an interrupted run"
     batches = plan_batches([len(p.input_ids) for p in prompts], config.eval_batch_size)
     rows = finished_batches(partial, [[examples[i].id for i in batch] for batch in batches])
-    done, bar, ends = len(rows), progress(len(examples), description, "answer", done=len(rows)), end_tokens(model, tokenizer)
-    for batch in batches:
-        if done > 0:
-            done -= len(batch)
-            continue
-        started = time.perf_counter()
-        answers = answer_batch(model, tokenizer, [prompts[i].input_ids for i in batch], config.max_new_tokens)
-        seconds = (time.perf_counter() - started) / len(batch)
-        new = [make_row(examples[i], prompts[i], tokens, ends, tokenizer, seconds) for i, tokens in zip(batch, answers, strict=True)]
-        append_jsonl(partial, new)
-        rows += new
-        bar.update(len(batch))
-    bar.close()
+    ends, answered = end_tokens(model, tokenizer), {row["id"] for row in rows}
+    with progress(len(examples), description, "answer", done=len(rows)) as bar:
+        for batch in batches:
+            if examples[batch[0]].id in answered:
+                continue
+            started = time.perf_counter()
+            answers = answer_batch(model, tokenizer, [prompts[i].input_ids for i in batch], config.max_new_tokens)
+            seconds = (time.perf_counter() - started) / len(batch)
+            new = [make_row(examples[i], prompts[i], tokens, ends, tokenizer, seconds) for i, tokens in zip(batch, answers, strict=True)]
+            append_jsonl(partial, new)
+            rows += new
+            bar.update(len(batch))
     by_id = {row["id"]: row for row in rows}
     return [by_id[example.id] for example in examples]

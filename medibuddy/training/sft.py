@@ -244,8 +244,8 @@ def train_adapter(
     callback = MonitorCallback(monitor)
     callback.trainer = trainer
     trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    monitor.bar.close()
+    with monitor.bar:  # closed on an error too, or the bar would be drawn over its message
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with folder_atomic(run_dir / "adapter") as adapter:
         save_adapter(model, tokenizer, adapter)
     return training_facts(run_dir, model, step)
