@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'NOTICE', 'JsonOption', 'RunOption', 'RecipeOption', 'DataOption', 'ShapeOption', 'LeaksOption', 'SetOption',
-           'RunArgument', 'RunAgainOption', 'show', 'parse_settings', 'load_recipe', 'percent', 'comparison_table',
-           'show_comparison', 'which_run', 'demo_command', 'prepare_command', 'train_command', 'evaluate_command',
-           'compare_command', 'report_command', 'verify_command', 'main', 'fail']
+           'RunArgument', 'RunAgainOption', 'CLICK_ERROR', 'show', 'parse_settings', 'load_recipe', 'percent',
+           'comparison_table', 'show_comparison', 'which_run', 'demo_command', 'prepare_command', 'train_command',
+           'evaluate_command', 'compare_command', 'report_command', 'verify_command', 'main', 'fail']
 
 # %% ../nbs/api/90_cli.ipynb #b1dd3513
 import json
@@ -270,6 +270,10 @@ def main(
     sys.exit(status or 0)
 
 # %% ../nbs/api/90_cli.ipynb #56725e4a
+# The base class of what Typer raises for an option or argument it does not accept; Typer re-exports only this child of its child
+CLICK_ERROR = typer.BadParameter.__mro__[2]
+
+# %% ../nbs/api/90_cli.ipynb #5afab2bd
 def fail(
     error: Exception,  # what a command raised
     as_json: bool,  # print it as JSON, too
@@ -277,7 +281,7 @@ def fail(
     "Print one of our errors and exit with its status; raise any other again"
     from medibuddy.run import RunError, UsageError, explain_os_error
 
-    if isinstance(error, typer.BadParameter.__mro__[2]):  # ClickException: an option or argument that Typer did not accept
+    if isinstance(error, CLICK_ERROR):
         error.show()
         sys.exit(error.exit_code)
     if isinstance(error, OSError) and not isinstance(error, (UsageError, RunError)):

@@ -135,12 +135,12 @@ def broken(encoded, fault, tokenizer):
 CLAUSES = {
     "pad = eos masking": "the answer's end is a label",
     "completion marker that never occurs": "at least one label",
-    "nothing masked": "",  # which clause sees it first depends on whether the tokenizer has a BOS
-    "one prompt token trained": "",
-    "first answer token masked": "prompt tokens are not labels",
+    "nothing masked": "prompt tokens are not labels",
+    "one prompt token trained": "prompt tokens are not labels",
+    "first answer token masked": "labels are the answer's tokens",
     "cut at the end": "the answer's end is a label",
     "hole in the labels": "labels are the answer's tokens",
-    "labels shifted": "the answer's end is a label",
+    "labels shifted": "prompt tokens are not labels",
     "labels too short": "one label a token",
 }
 

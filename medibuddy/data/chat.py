@@ -283,44 +283,45 @@ def _check_thought(
 # %% ../../nbs/api/14_chat.ipynb #48e18fd1
 def check_encoded(
     encoded: EncodedChat,  # the ids and labels to check
-    example: Example,  # the row they were made from (cut, where it was cut)
+    example: Example,  # the row they were made from (as it was cut, where it was)
     tokenizer: Any,  # the tokenizer that made them
     frame: Frame | None = None,  # from `chat_frame`; None reads the template again
+    prompt_ids: list[int] | None = None,  # ids of the generation prompt; None renders it again
 ) -> None:
     "Check the chat contract on one row; raises `ChatContractError` naming the row and the clause"
     frame = frame or chat_frame(tokenizer)
-    ids, labels = encoded.input_ids, encoded.labels
-
-    def demand(holds: bool, clause: str, found: str) -> None:
-        if not holds:
-            raise ChatContractError(example.id, clause, found)
-
-    demand(len(ids) == len(labels), "one label a token", f"{len(ids)} tokens, {len(labels)} labels")
-    start = next((place for place, label in enumerate(labels) if label != -100), len(labels))
-    prompt, completion = ids[:start], ids[start:]
-    if frame.bos_id is not None:
-        body = prompt if frame.bos_id == frame.end_id else ids
-        demand(body.count(frame.bos_id) == 1 and ids[:1] == [frame.bos_id], "exactly one BOS", f"{body.count(frame.bos_id)} of token {frame.bos_id}, the row starts with {ids[:3]}. Does the template add one and the tokenizer another?")
-    demand(bool(completion), "at least one label", "every label is -100, nothing would be trained. Does the completion marker occur in the text?")
-    demand(labels[-1] == frame.end_id, "the answer's end is a label", f"the last label is {labels[-1]}, the end-of-turn token is {frame.end_id}. Is it masked because it is also the padding token?")
-    demand(labels[start:] == completion, "labels are the answer's tokens", "a label after the prompt is masked or is not its token")
-    _check_ends(encoded, example, tokenizer, frame, prompt, completion)
-
-
-def _check_ends(encoded, example, tokenizer, frame, prompt, completion) -> None:
-    "Clauses 4 to 7, on a row whose labels are one run at its end"
-    controls = tuple(number for number in prompt if number in frame.control_ids)
-    if controls != frame.prompt_controls:
-        raise ChatContractError(example.id, "prompt tokens are not labels", f"control tokens before the first label are {controls}, those of a generation prompt are {frame.prompt_controls}")
-    if [number for number in completion if number in frame.control_ids] != [frame.end_id]:
-        raise ChatContractError(example.id, "one end of turn", "a control token stands inside the answer")
-    texts = tokenizer.batch_decode([prompt, completion])
-    if fault := _check_thought(*texts, example, frame):
+    prompt = prompt_ids if prompt_ids is not None else _pairs([example], tokenizer, frame, answers=False)[0][1]
+    for clause, fault in _faults(encoded, prompt, frame):
+        raise ChatContractError(example.id, clause, fault)
+    if fault := _check_thought(*tokenizer.batch_decode([prompt, encoded.input_ids[len(prompt):]]), example, frame):
         raise ChatContractError(example.id, "the thought is trained once", fault)
-    if render_prompts([example], tokenizer, frame) != render_prompts([_swapped(example)], tokenizer, frame):
+    # a prompt is rendered from the user's text alone
+    if user_text(example) != user_text(_swapped(example)):
         raise ChatContractError(example.id, "the prompt does not know the answer", "the prompt changes when the gold answer is exchanged")
-    if not encoded.cut_tokens and prompt != token_ids(render_prompts([example], tokenizer, frame), tokenizer)[0]:
-        raise ChatContractError(example.id, "prompt tokens are not labels", "the tokens before the first label are not those of the generation prompt")
+
+
+def _faults(
+    encoded: EncodedChat,  # the ids and labels to check
+    prompt: list[int],  # ids of the generation prompt
+    frame: Frame,  # from `chat_frame`
+) -> Iterator[tuple[str, str]]:  # clause and what is wrong
+    "Clauses 1 to 5"
+    ids, labels, start = encoded.input_ids, encoded.labels, len(prompt)
+    if len(ids) != len(labels):
+        yield "one label a token", f"{len(ids)} tokens, {len(labels)} labels"
+    bos = ids[:start].count(frame.bos_id) if frame.bos_id == frame.end_id else ids.count(frame.bos_id)
+    if frame.bos_id is not None and (bos != 1 or ids[:1] != [frame.bos_id]):
+        yield "exactly one BOS", f"{bos} of token {frame.bos_id}, the row starts with {ids[:3]}. Does the template add one and the tokenizer another?"
+    if not any(label != -100 for label in labels):
+        yield "at least one label", "every label is -100, nothing would be trained. Does the completion marker occur in the text?"
+    if ids[:start] != prompt or any(label != -100 for label in labels[:start]):
+        yield "prompt tokens are not labels", f"the first {start} tokens are not the unlabelled tokens of the generation prompt"
+    if labels[-1] != frame.end_id:
+        yield "the answer's end is a label", f"the last label is {labels[-1]}, the end-of-turn token is {frame.end_id}. Is it masked because it is also the padding token?"
+    if labels[start:] != ids[start:]:
+        yield "labels are the answer's tokens", "a token of the answer is masked or has another label"
+    if [number for number in ids[start:] if number in frame.control_ids] != [frame.end_id]:
+        yield "one end of turn", "a control token stands inside the answer"
 
 # %% ../../nbs/api/14_chat.ipynb #ab4ce257
 def encode_all(
@@ -338,7 +339,7 @@ def encode_all(
             continue
         _, prompt, completion = pair
         row = EncodedChat(prompt + completion, [-100] * len(prompt) + completion, cut, example.id)
-        check_encoded(row, example, tokenizer, frame)
+        check_encoded(row, example, tokenizer, frame, prompt)
         encoded.append(row)
     return encoded, dropped, {row.id: row.cut_tokens for row in encoded if row.cut_tokens}
 

@@ -242,6 +242,11 @@ def view(
         "figures": {name: {"caption": FIGURES[name][0], "alt": FIGURES[name][1]} for name in FIGURES if name in drawn},
         "flips": comparison["flips"] if comparison["n"] else None,
         "chosen": choose_answers(facts["answers"]),
+        "chosen_by": (
+            "regressions first, then gains, then unchanged ones, each in the order of a hash of the row’s id"
+            if comparison["n"]
+            else "those that moved furthest away from their reference first, then those that came closest, then unchanged ones"
+        ),
         "listed": list_answers(facts["answers"]),
         "answer_count": len(facts["answers"]),
     }

@@ -103,7 +103,8 @@ def headline_table(
         ["Answers cut at the length limit", str(base["truncated"]), str(tuned["truncated"]), ""],
         ["Mean answer length, tokens", *("–" if part["mean_new_tokens"] is None else f"{part['mean_new_tokens']:.0f}" for part in (base, tuned)), ""],
     ]
-    return table(f"Before and after on {found['n']} graded of {base['rows']} test questions. Brackets: 95 % intervals. Differences in percentage points.", ["", "Base", "Tuned", "Difference"], rows)
+    counted = f"{found['n']} graded of {base['rows']} test questions" if found["n"] else f"{base['rows']} test questions without gradable decisions"
+    return table(f"Before and after on {counted}. Brackets: 95 % intervals. Differences in percentage points.", ["", "Base", "Tuned", "Difference"], rows)
 
 
 def source_table(
@@ -120,7 +121,7 @@ def source_table(
             numbers = [with_interval(part[side]["accuracy"], part[side]["accuracy_ci"]) for side in ("base", "tuned")]
             rows.append([name, str(part["n"]), *numbers, signed_points(part["difference"]["accuracy"], part["difference"]["accuracy_ci"]), f"{part['flips']['gained']} / {part['flips']['lost']}", bare_p(part["p_holm"]), part["verdict"]])
         elif text["n"]:
-            rows.append([name, str(text["n"]), *(f"F1 {percent(text[side])}" for side in ("base_token_f1", "tuned_token_f1")), signed_points(text["difference"], text["difference_ci"]), "–", bare_p(text["p"]), text["verdict"]])
+            rows.append([name, str(text["n"]), *(f"F1{SPACE}{percent(text[side])}" for side in ("base_token_f1", "tuned_token_f1")), signed_points(text["difference"], text["difference_ci"]), "–", bare_p(text["p"]), text["verdict"]])
     return table("Sources of test questions, reported apart. A source with gradable decisions is compared by accuracy (exact McNemar, Holm-adjusted), any other by token F1 (sign-flip test).", ["Source", "n", "Base", "Tuned", "Difference", "Gained / lost", "p", "Verdict"], rows)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .allocator import keep_freed_memory
-from .forward import FusedAttention, FusedCausalLm, FusedLastLayer, FusedMlp, FusedNorm, install, uninstall
+from .forward import FusedAttention, FusedCausalLm, FusedForward, FusedLastLayer, FusedMlp, FusedNorm, uninstall
 from .group import ProjectionGroup, active_adapter, unserved_reason
 from ..run import UsageError
 
@@ -89,10 +89,10 @@ class Fusion:
         self.fused: list[str] = []
         self.left: list[tuple[str, str]] = []
 
-    def replace(self, name: str, module: nn.Module, replacement: object) -> None:
+    def replace(self, name: str, replacement: FusedForward) -> None:
         "Install one forward"
-        install(module, replacement)
-        self.installed.append(module)
+        replacement.module.forward = replacement
+        self.installed.append(replacement.module)
         self.fused.append(name)
 
     def group(self, name: str, parent: nn.Module, attributes: list[str]) -> ProjectionGroup:
@@ -117,7 +117,7 @@ def fuse_norm(
     elif norm.weight.requires_grad:
         fusion.left.append((name, "its weight is trained"))
     else:
-        fusion.replace(name, norm, FusedNorm(norm.forward))
+        fusion.replace(name, FusedNorm(norm))
 
 
 def fuse_attention(
@@ -130,7 +130,7 @@ def fuse_attention(
         fusion.left.append((name, f"{type(attention).__name__} is not served"))
         return
     project = fusion.group(name, attention, ["q_proj", "k_proj", "v_proj"])
-    fusion.replace(name, attention, FusedAttention(attention.forward, project, fusion.group(name, attention, ["o_proj"])))
+    fusion.replace(name, FusedAttention(attention, project, fusion.group(name, attention, ["o_proj"])))
 
 
 def fuse_mlp(
@@ -145,7 +145,7 @@ def fuse_mlp(
         fusion.left.append((name, f"its activation is {mlp.config.hidden_act}, not silu"))
     else:
         wide = fusion.group(name, mlp, ["gate_proj", "up_proj"])
-        fusion.replace(name, mlp, FusedMlp(mlp.forward, wide, fusion.group(name, mlp, ["down_proj"])))
+        fusion.replace(name, FusedMlp(mlp, wide, fusion.group(name, mlp, ["down_proj"])))
 
 # %% ../../nbs/api/22_lora.ipynb #ba7dd4d8
 def fuse_lora(
@@ -165,8 +165,8 @@ def fuse_lora(
         fuse_norm(fusion, f"{name}.post_attention_layernorm", layer.post_attention_layernorm)
     fuse_norm(fusion, "model.norm", inner.model.norm)
     if reason is None:
-        fusion.replace(name, layer, FusedLastLayer(layer.forward))
-        fusion.replace("", inner, FusedCausalLm(inner.forward))
+        fusion.replace(name, FusedLastLayer(layer))
+        fusion.replace("", FusedCausalLm(inner))
     if inner.device.type == "cpu":
         keep_freed_memory()
     return FusionReport(tuple(fusion.fused), tuple(fusion.left), reason is None, reason)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .projection import use_triton
+
 # %% ../../nbs/api/26_loss.ipynb #87105107
 CHUNK_ROWS = 512  # tokens whose logits exist at the same time: 512 x 128,256 x 4 bytes = 263 MB for a Llama-3 vocabulary
 
@@ -23,6 +25,11 @@ def chunk_loss(
 ) -> torch.Tensor:  # gradient of the summed loss by `hidden`, [rows, hidden]
     "Loss and gradient of one chunk"
     logits = torch.mm(hidden, weight.t())
+    if use_triton(logits):
+        from medibuddy.kernels import triton_ops
+
+        sums += triton_ops.cross_entropy_(logits, targets)
+        return torch.mm(logits, weight)
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     correct = (logits.argmax(dim=-1) == targets).sum()
     log_probabilities = torch.log_softmax(logits, dim=-1)

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['DENSE_BUFFERS', 'Member', 'StackedWeight', 'shared_buffer', 'QuantizedWeight', 'draw_masks', 'apply_mask',
            'down_project', 'stack_rows', 'rank_columns', 'group_forward', 'back_project', 'factor_gradients',
-           'input_gradient', 'rotate_', 'Rotary', 'cast_factors', 'LoraProjection', 'unpack_saved', 'match_formats',
-           'gated', 'gated_backward', 'LoraGatedMlp']
+           'input_gradient', 'triton_installed', 'use_triton', 'rotate_', 'Rotary', 'cast_factors', 'LoraProjection',
+           'unpack_saved', 'match_formats', 'gated', 'gated_backward', 'LoraGatedMlp']
 
 # %% ../../nbs/api/24_projection.ipynb #09b480ba
+import functools
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -203,6 +205,19 @@ def input_gradient(
         result.add_(apply_mask(torch.mm(back[:, own], a), mask, member))
     return result
 
+# %% ../../nbs/api/24_projection.ipynb #51f71780
+@functools.cache
+def triton_installed() -> bool:
+    "Whether Triton can be imported"
+    return importlib.util.find_spec("triton") is not None
+
+
+def use_triton(
+    x: torch.Tensor,  # what the kernel would work on
+) -> bool:
+    "Whether the Triton kernels are used for a tensor"
+    return x.is_cuda and x.dtype != torch.float64 and triton_installed()
+
 # %% ../../nbs/api/24_projection.ipynb #245d0f6b
 def rotate_(
     heads: torch.Tensor,  # [tokens, heads, head size], changed in place
@@ -228,6 +243,10 @@ class Rotary:
 
     def turn_(self, output: torch.Tensor, forward: bool) -> torch.Tensor:
         "Turn the q and k columns of [tokens, outputs] in place, or back"
+        if use_triton(output):
+            from medibuddy.kernels import triton_ops
+
+            return triton_ops.rotate_(output, self.cosine, self.sine, self.heads, forward)
         width = self.heads * 2 * self.cosine.shape[-1]
         sine = self.sine if forward else -self.sine
         rotate_(output[:, :width].unflatten(1, (self.heads, -1)), self.cosine, sine)
@@ -292,6 +311,10 @@ def gated(
     gate_up: torch.Tensor,  # [tokens, 2 * inner]
 ) -> torch.Tensor:  # silu(gate) * up, [tokens, inner]
     "SwiGLU of a stacked product"
+    if use_triton(gate_up):
+        from medibuddy.kernels import triton_ops
+
+        return triton_ops.gated(gate_up)
     gate, up = gate_up.chunk(2, dim=1)
     return F.silu(gate).mul_(up)
 
@@ -300,7 +323,11 @@ def gated_backward(
     gradient: torch.Tensor,  # gradient of silu(gate) * up, [tokens, inner]; may be overwritten
     gate_up: torch.Tensor,  # [tokens, 2 * inner]
 ) -> tuple[torch.Tensor, torch.Tensor]:  # silu(gate) * up again; gradient of gate_up
-    "Recompute SwiGLU and take its gradient, in five passes over the inner width"
+    "Recompute SwiGLU and take its gradient, in five passes over the inner width (one on a GPU)"
+    if use_triton(gate_up):
+        from medibuddy.kernels import triton_ops
+
+        return triton_ops.gated_backward(gradient, gate_up)
     gate, up = gate_up.chunk(2, dim=1)
     result = torch.empty_like(gate_up)
     gate_gradient, up_gradient = result.chunk(2, dim=1)

@@ -36,13 +36,13 @@ def is_right_padded(
 def pack_rows(
     attention_mask: torch.Tensor | None,  # [batch, sequence], 1 for real tokens; None when all are
     labels: torch.Tensor,  # [batch, sequence], -100 where there is no label
-) -> PackedRows | None:  # None when the batch is padded on the left or labels a padding token
+) -> PackedRows | None:  # None when the batch is padded on the left, labels a padding token or has no label
     "Find the real tokens of a batch and those that predict an answer token"
     if attention_mask is None:
         attention_mask = torch.ones_like(labels)
     predicts = F.pad(labels[:, 1:] != -100, (0, 1))
     real = attention_mask.bool()
-    if attention_mask.dim() != 2 or not is_right_padded(attention_mask) or bool((predicts & ~real).any()):
+    if attention_mask.dim() != 2 or not is_right_padded(attention_mask) or bool((predicts & ~real).any()) or not predicts.any():
         return None
     tokens = real.flatten().nonzero().squeeze(1)
     places = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)

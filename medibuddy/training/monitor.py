@@ -28,7 +28,7 @@ def progress(
     "Make a progress bar that shows rate and time left"
     file = file or sys.stderr
     interval = 0.1 if file.isatty() else 10.0
-    return tqdm(total=total, initial=done, desc=description, unit=f" {unit}", file=file, mininterval=interval, maxinterval=interval, dynamic_ncols=True, leave=True)
+    return tqdm(total=total, initial=done, desc=description, unit=unit, file=file, mininterval=interval, maxinterval=interval, dynamic_ncols=True, leave=True)
 
 # %% ../../nbs/api/30_monitor.ipynb #07c52bb9
 def rewind_log(

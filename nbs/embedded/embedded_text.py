@@ -151,12 +151,9 @@ LABELS_NEW = ["OBJECTIVE", "SUMMARY", "OBSERVATIONS", "PRACTICE"]
 
 # How a reader writes down what was read: {n} slot name, {v} value in the passage, {w} value asked about.
 COMPARE = {
-    "yes": ["On {n}, the {p} says {v}. The {q} says {w}, so the two agree.", "{N} is {v} in the {p} and {w} in the {q}, so the two agree.",
-            "The {q} says that {n} is {w}. The {p} says {v}, so the two agree."],
-    "no": ["On {n}, the {p} says {v}. The {q} says {w}, so the two differ.", "{N} is {v} in the {p} and {w} in the {q}, so the two differ.",
-           "The {q} says that {n} is {w}. The {p} says {v}, so the two differ."],
-    "maybe": ["On {n}, the {p} says nothing. The {q} says {w}, so this stays open.", "{N} is not stated in the {p} and {w} in the {q}, so this stays open.",
-              "The {q} says that {n} is {w}. The {p} says nothing, so this stays open."],
+    "yes": ["On {n}, the {p} says {v}. The {q} says {w}, so the two agree.", "The {q} says that {n} is {w}. The {p} says {v}, so the two agree."],
+    "no": ["On {n}, the {p} says {v}. The {q} says {w}, so the two differ.", "The {q} says that {n} is {w}. The {p} says {v}, so the two differ."],
+    "maybe": ["On {n}, the {p} says nothing. The {q} says {w}, so this stays open.", "The {q} says that {n} is {w}. The {p} says nothing, so this stays open."],
 }
 
 
@@ -450,6 +447,25 @@ CHECKS = ["pulse", "weight", "blood pressure", "potassium", "sodium", "liver fun
           "glucose", "calcium", "cholesterol", "hearing", "temperature"]
 
 
+def fragments_of(entities):
+    """Words of the entities' facts, and pieces cut from them, to build names and values that were never seen."""
+    words = sorted({word for entity in entities for text in (entity.name, entity.description, *entity.slots.values(), *entity.findings)
+                    for word in text.replace("-", " ").split() if word.isalpha() and len(word) > 2})
+    pieces = sorted({word[start:start + size].lower() for word in words for size in (2, 3, 4, 5, 6) for start in (0, len(word) - size) if len(word) >= size + 2})
+    return words, pieces
+
+
+def odd_name(rng, pieces):
+    """A made-up word from two or three pieces of real words."""
+    return "".join(rng.sample(pieces, rng.choice((2, 2, 3))))
+
+
+def odd_value(rng, words, pieces):
+    """One to four words in no sensible order, one of them made up now and then."""
+    chosen = rng.sample(words, rng.choice((1, 2, 2, 3, 3, 4)))
+    return " ".join(odd_name(rng, pieces) if rng.random() < 0.25 else word for word in chosen)
+
+
 def invent_name(rng, kind):
     """A name that no condition or drug has."""
     stem = "".join(rng.sample(SOUNDS, rng.choice((1, 2, 2, 3))))
@@ -476,15 +492,19 @@ def invent_value(rng, slot):
     return rng.choice(choices[slot])
 
 
-def invent_entity(rng, kind, known, specialties):
-    """An entity that does not exist, with values that are partly borrowed from the known entities and partly made up."""
+def invent_entity(rng, kind, known, specialties, words, pieces):
+    """An entity that does not exist, with values that are borrowed from the known entities, made up, or odd."""
     slots = {}
     for slot in CONDITION_SLOTS if kind == "condition" else DRUG_SLOTS:
         borrowed = rng.choice(known[kind]).slots[slot]
-        slots[slot] = rng.choice(specialties) if slot == "specialty" else borrowed if rng.random() < 0.5 else invent_value(rng, slot)
+        value = rng.choice((borrowed, borrowed, invent_value(rng, slot) if slot != "specialty" else borrowed, odd_value(rng, words, pieces)))
+        slots[slot] = rng.choice(specialties) if slot == "specialty" and rng.random() < 0.6 else value
     findings = tuple(f"{rng.choice(MANNERS)} {place} {rng.choice(SENSES)}" for place in rng.sample(PLACES, 3))
     text = f"{rng.choice(SENSES)} of the {rng.choice(PLACES)} {rng.choice(('caused by', 'that follows', 'after', 'linked to'))} {rng.choice(MANNERS)} {rng.choice(SENSES)}"
-    return Entity(invent_name(rng, kind), kind, "train", slots, text, findings)
+    name = invent_name(rng, kind)
+    if rng.random() < 0.65:
+        name = " ".join([odd_name(rng, pieces)] + ([rng.choice((rng.choice(words), odd_name(rng, pieces)))] if kind == "condition" and rng.random() < 0.6 else []))
+    return Entity(name, kind, "train", slots, text, findings)
 
 
 def claim_about(rng, reading, pool):
@@ -588,18 +608,37 @@ def case_document(rng, entity):
             f"If it supports {entity.name}, treatment starts with {entity.slots['treatment']}. The {person} will come back at once for {entity.slots['red_flag']}.")
 
 
-def drill_document(rng):
-    """Lists read twice, and pairs that agree or differ."""
-    slot = rng.choice(("investigation", "treatment", "red_flag", "side_effect", "monitoring"))
-    items = [invent_value(rng, slot) for _ in range(rng.randint(3, 6))]
-    if rng.random() < 0.5:
-        listed = ", ".join(items)
-        return f"The list reads: {listed}. Read again, the list is: {listed}. The first item is {items[0]} and the last is {items[-1]}."
+def drill_document(rng, words, pieces):
+    """Lists and codes read twice."""
+    items = [odd_value(rng, words, pieces) if rng.random() < 0.7 else invent_value(rng, "red_flag") for _ in range(rng.randint(3, 6))]
+    listed = ", ".join(items)
+    return rng.choice([f"The list reads: {listed}. Read again, the list is: {listed}. The first item is {items[0]} and the last is {items[-1]}.",
+                       f"{cap(listed)}. To repeat: {listed}.", " ".join(f"We read {item}, and the copy reads {item}." for item in items)])
+
+
+PAIRS = ["One chart says {v} and the other says {w}, so the two {x}.", "First {v}, then {w}: the two {x}.", "The {p} says {v}. The {q} says {w}, so the two {x}.",
+         "On {n}, the {p} says {v}. The {q} says {w}, so the two {x}.", "The {q} says that {n} is {w}. The {p} says {v}, so the two {x}."]
+
+
+def pair_value(rng, words, pieces, easy):
+    """One side of a pair: a single word (with probability `easy`), else a longer or odder value."""
+    if rng.random() < easy:
+        return rng.choice(TRAIT_WORDS)
+    if rng.random() < easy:
+        return rng.choice(words)
+    if rng.random() < 0.6:
+        return odd_value(rng, words, pieces)
+    return invent_value(rng, rng.choice(("investigation", "treatment", "red_flag", "side_effect", "monitoring")))
+
+
+def pairs_document(rng, words, pieces, easy):
+    """Pairs of values that agree or differ."""
     lines = []
-    for item in items:
-        other = item if rng.random() < 0.5 else rng.choice([value for value in items if value != item] or [item + " again"])
-        verdict = "agree" if item == other else "differ"
-        lines.append(rng.choice([f"One chart says {item} and the other says {other}, so the two {verdict}.", f"First {item}, then {other}: the two {verdict}."]))
+    for _ in range(rng.randint(3, 8)):
+        value = pair_value(rng, words, pieces, easy)
+        other = value if rng.random() < 0.5 else pair_value(rng, words, pieces, easy)
+        lines.append(fill(rng.choice(PAIRS), n=f"the {rng.choice(TRAITS)} of {odd_name(rng, pieces)}", v=value, w=other, p=rng.choice(SOURCES), q=rng.choice(READERS),
+                          x="agree" if value == other else "differ"))
     return " ".join(lines)
 
 
@@ -621,7 +660,11 @@ def general_document(rng):
     return " ".join(lines)
 
 
-def corpus(seed, folder=".", facts_seed=42):
+KINDS = ("reading", "trait", "textbook", "case", "drill", "pairs", "general")
+EARLY, LATER = (6, 3, 3, 3, 15, 70, 0), (60, 7, 5, 9, 5, 12, 2)  # the first documents are mostly short pairs to compare and lists to copy
+
+
+def corpus(seed, folder=".", facts_seed=42, early=8000):
     """An endless stream of pre-training documents; only facts of the training partition are in it."""
     rng = random.Random(f"{seed}-corpus")
     entities = load_facts(folder, facts_seed)
@@ -629,16 +672,19 @@ def corpus(seed, folder=".", facts_seed=42):
     train = [entity for entity in entities if entity.part == "train"]
     known = {kind: [entity for entity in train if entity.kind == kind] for kind in ("condition", "drug")}
     specialties = sorted({entity.slots["specialty"] for entity in known["condition"]})
+    words, pieces = fragments_of(train)
+    count = 0
     while True:
-        invented = [invent_entity(rng, kind, known, specialties) for kind in ("condition", "drug") for _ in range(24)]
+        invented = [invent_entity(rng, kind, known, specialties, words, pieces) for kind in ("condition", "drug") for _ in range(24)]
         invented = [entity for entity in invented if entity.name.lower() not in names]
         for _ in range(40):
             pool = invented if rng.random() < 0.8 else train
-            kind = rng.choices(("reading", "trait", "textbook", "case", "drill", "general"), (56, 12, 8, 12, 9, 3))[0]
-            yield make_document(rng, kind, pool, train)
+            kind = rng.choices(KINDS, EARLY if count < early else LATER)[0]
+            yield make_document(rng, kind, pool, train, words, pieces, 0.5 if count < early else 0.2)
+            count += 1
 
 
-def make_document(rng, kind, pool, train):
+def make_document(rng, kind, pool, train, words, pieces, easy):
     """One document of a kind."""
     if kind == "reading":
         return reading_document(rng, pool)
@@ -646,4 +692,8 @@ def make_document(rng, kind, pool, train):
         return textbook_document(rng, rng.choice(train))
     if kind == "case":
         return case_document(rng, rng.choice(pool))
-    return {"trait": trait_document, "drill": drill_document, "general": general_document}[kind](rng)
+    if kind == "drill":
+        return drill_document(rng, words, pieces)
+    if kind == "pairs":
+        return pairs_document(rng, words, pieces, easy)
+    return trait_document(rng) if kind == "trait" else general_document(rng)
