@@ -53,8 +53,8 @@ LLAMA_30M = dict(
     tie_word_embeddings=True, max_position_embeddings=1024,
 )
 WORKLOADS = {
-    "tiny": Workload(16, 33, 2e-3, None, None),
-    "30m": Workload(8, 13, 5e-4, LLAMA_30M, (128, 380, 512)),
+    "tiny": Workload(16, 25, 2e-3, None, None),
+    "30m": Workload(8, 9, 5e-4, LLAMA_30M, (128, 380, 512)),
     "qwen-0.5b": Workload(16, 33, 2e-4, QWEN_05B, (128, 420, 1024), "qwen2"),
     "deepseek-8b": Workload(8, 23, 2e-4, LLAMA_8B, (256, 600, 2048)),
 }

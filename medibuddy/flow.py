@@ -121,6 +121,7 @@ def account_for(
         "source": recipe.data.source, "path": recipe.data.path, "rows_in": rows_in, "rows_out": sum(map(len, rows.values())),
         "dropped": {reason: len(ids) for reason, ids in sorted(reasons.items())}, "dropped_ids": dict(sorted(reasons.items())),
         **facts, **{name: len(examples) for name, examples in rows.items()},
+        "split_ids_sha256": {name: sha256_text("\n".join(example.id for example in examples)) for name, examples in rows.items()},
     }
 
 # %% ../nbs/api/80_flow.ipynb #9ca89a41
@@ -187,7 +188,7 @@ def announce(
 ) -> None:
     "Say on standard error what is about to be trained, and on what"
     trainable, total = count_parameters(model)
-    print(f"recipe {recipe.name}: {rows:,} rows, LoRA r={recipe.lora.r}, {trainable:,} of {total:,} parameters train", file=sys.stderr)
+    print(f"recipe {recipe.name}: {rows:,} rows, LoRA r={recipe.lora.r} through the {recipe.model.backend} backend, {trainable:,} of {total:,} parameters train", file=sys.stderr)
     print(f"on {hardware.name} ({hardware.cpu_count} processors): {hardware.dtype}. {hardware.reason}", file=sys.stderr)
 
 # %% ../nbs/api/80_flow.ipynb #a37370a3
@@ -199,7 +200,7 @@ def do_train(
     "Train the adapter unless it is there already"
     base = {"name": recipe.model.name, "revision": recipe.model.revision, "sha256": model_sha256(recipe.model.name)}
     settings = recipe.to_dict()
-    depends = [base, settings["lora"], settings["train"], recipe.model.max_seq_length]
+    depends = [base, settings["lora"], settings["train"], recipe.model.max_seq_length, recipe.model.backend]
     inputs = ["data/train.jsonl", "data/validation.jsonl"]
     with stage(run, "train", depends, inputs, ["adapter/", "checkpoints/", "log.jsonl"]) as facts:
         if facts is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from .data.example import Example
 from .recipe import Recipe
-from .run import Run, UsageError, code_sha256, open_run, read_json, read_jsonl, seal, sha256_file, to_json
+from .run import Run, UsageError, code_sha256, open_run, read_json, read_jsonl, seal, sha256_file, sha256_text, to_json
 
 # %% ../nbs/api/81_verification.ipynb #96a48434
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def check_rows(
         file, rows = f"data/{name}.jsonl", read_jsonl(run.path / "data" / f"{name}.jsonl")
         if len(rows) != run.manifest["data"][name]:
             yield Problem(file, f"has {len(rows)} rows; {run.manifest['data'][name]} were prepared")
+        if sha256_text("\n".join(row["id"] for row in rows)) != run.manifest["data"]["split_ids_sha256"][name]:
+            yield Problem(file, "does not hold the rows that were put into this split")
         for row in rows:
             if row["id"] in seen:
                 yield Problem(file, f"row {row['id']} stands in the {seen[row['id']]} rows too")

@@ -344,9 +344,21 @@ def test_adapter_changes_between_steps(double_norms):
     model.merge_adapter()
     model.unmerge_adapter()
     torch.testing.assert_close(*both())
-    model.float().double()
-    plain.float().double()
+    for either in (model, plain):
+        either.float().double()
+        weight = either.get_base_model().model.layers[1].self_attn.k_proj.base_layer.weight
+        weight.data = weight.data * 1.5  # as quantisation or a safe merge would, in a tensor of its own
     torch.testing.assert_close(*both())
+
+
+def test_a_cache_is_filled_in_training_mode_too():
+    model = make_model(dtype=torch.float32)
+    ids = make_batch()["input_ids"]
+    expected = model(ids, use_cache=True)
+    fuse_lora(model)
+    found = model(ids, use_cache=True)
+    assert found.past_key_values.get_seq_length() == ids.shape[1]
+    torch.testing.assert_close(model(ids[:, :1], past_key_values=found.past_key_values).logits, model(ids[:, :1], past_key_values=expected.past_key_values).logits)
 
 
 def test_weights_and_files_stay_pefts_own(tmp_path):
@@ -471,3 +483,52 @@ def test_all_gradients_by_finite_differences(double_norms):
     batch = make_batch(rows=2, length=5, answer=2, padding=(1, 0), vocabulary=11)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert torch.autograd.gradcheck(lambda *_: model(**batch).loss, parameters, fast_mode=True)
+
+
+def quantized_model(bnb):
+    "A model with 4-bit base layers, and a twin whose base holds the same numbers dense"
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=61)
+    quantized = LlamaForCausalLM(LlamaConfig(**sizes))
+    dense = copy.deepcopy(quantized)
+    for layer, twin in zip(quantized.model.layers, dense.model.layers):
+        for parent, other, names in ((layer.self_attn, twin.self_attn, ALL[:4]), (layer.mlp, twin.mlp, ALL[4:])):
+            for name in names:
+                old = getattr(parent, name)
+                new = Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+                new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+                setattr(parent, name, new.to("cpu"))
+                getattr(other, name).weight.data = dequantize_4bit(new.weight.data, new.weight.quant_state).view_as(old.weight)
+    models = []
+    for base in (quantized, dense):
+        torch.manual_seed(1)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=ALL))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        models.append(model.train())
+    return models
+
+
+def test_four_bit_base_equals_its_dense_twin():
+    bnb = pytest.importorskip("bitsandbytes")
+    quantized, dense = quantized_model(bnb)
+    batch = make_batch()
+    expected_loss, expected = reference(dense, batch)
+    report = fuse_lora(quantized)
+    assert not report.left
+    for evaluated in (False, True):
+        if evaluated:  # repacks the weights on AVX512-BF16 processors unless that is forbidden
+            quantized.eval()
+            with torch.no_grad():
+                quantized(batch["input_ids"])
+            quantized.train()
+        loss, found = fused(quantized, batch)
+        torch.testing.assert_close(loss, expected_loss)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    assert len({buffer.data_ptr() for buffer in projection.DENSE_BUFFERS.values()}) == len(projection.DENSE_BUFFERS)
+    unfuse_lora(quantized)

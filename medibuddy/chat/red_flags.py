@@ -6,7 +6,7 @@
 __all__ = ['PLAIN', 'TOKEN', 'HARD_BREAKS', 'LONGEST_SENTENCE', 'SLIP_FREE', 'TWO_SLIPS', 'GAP', 'MOST_UNKNOWN',
            'plain_characters', 'Sentence', 'deletions', 'distance', 'Speller', 'Pattern', 'element_options',
            'ordered_pattern', 'compile_pattern', 'Flag', 'Rules', 'read_flag', 'load_rules', 'read_sentences',
-           'read_numbers', 'find_matches', 'word_offsets']
+           'read_numbers', 'possible_patterns', 'find_matches', 'word_offsets']
 
 # %% ../../nbs/api/52_red_flags.ipynb #c7746c1b
 import re
@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from itertools import combinations, permutations
 from unicodedata import normalize
@@ -48,7 +48,11 @@ class Sentence:
     starts: list[int] = field(default_factory=list)  # first character of each word, in the message
     ends: list[int] = field(default_factory=list)  # last+1 character of each word
     breaks: set[int] = field(default_factory=set)  # words that a comma, colon, bracket, dash or line end precedes
-    question: bool = False  # whether it ended in a question mark
+
+    @cached_property
+    def text(self) -> str:
+        "All words, each followed by one space: what patterns are matched against"
+        return " ".join(self.words) + " "
 
     def add(self, word: str, start: int, end: int) -> None:
         "Append one word"
@@ -124,7 +128,7 @@ class Speller:
 GAP = r"(?:(?:can|could|will|would) not |(?!(?:no|not|never|without|denies|denied|nor) )\S+ )"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, which is quick
 class Pattern:
     "One compiled pattern"
 
@@ -199,6 +203,7 @@ class Rules:
     flags: dict[str, Flag]
     advice: dict[str, str]  # texts, with {name} and {extra} still to be filled in
     patterns: dict[str, list[Pattern]]  # the patterns that a word may begin to satisfy
+    words: frozenset[str]  # all words that a pattern may need
     spellings: dict[str, list[str]]  # a written form and the words it stands for
     speller: Speller
 
@@ -237,7 +242,8 @@ def load_rules() -> Rules:
     spellings = {form: str(words).split() for form, words in rules["spellings"].items()}
     known |= {word for words in spellings.values() for word in words}
     advice = {kind: text.replace("{numbers}", rules["numbers"]) for kind, text in rules["advice"].items()}
-    return Rules(flags, advice, dict(patterns), spellings, Speller(set(rules["key_terms"].split()), known | set(rules["real_words"].split())))
+    words = frozenset(word for group in patterns.values() for pattern in group for need in pattern.needs for word in need)
+    return Rules(flags, advice, dict(patterns), words, spellings, Speller(set(rules["key_terms"].split()), known | set(rules["real_words"].split())))
 
 # %% ../../nbs/api/52_red_flags.ipynb #2aa0e049
 MOST_UNKNOWN = 20_000  # different unknown words that are mended in one message; no person writes as many
@@ -253,8 +259,7 @@ def read_sentences(
     for token in TOKEN.finditer(text):
         word = token[0]
         if word in HARD_BREAKS or len(sentence.words) >= LONGEST_SENTENCE:
-            sentence.question = word == "?"
-            if sentence.words:
+            if len(sentence.words) > 1 or sentence.words and sentence.words[0].isalpha():  # a number alone means nothing
                 yield read_numbers(sentence)
             sentence = Sentence()
             if word in HARD_BREAKS:
@@ -287,23 +292,33 @@ def read_numbers(
     return sentence
 
 
+def possible_patterns(
+    present: frozenset[str],  # words of a sentence that patterns know
+    rules: Rules,
+) -> list[Pattern]:
+    "List the patterns of which a sentence holds a word of each part"
+    begun = (pattern for word in present for pattern in rules.patterns.get(word, ()))
+    return [pattern for pattern in dict.fromkeys(begun) if not any(need.isdisjoint(present) for need in pattern.needs)]
+
+
 def find_matches(
     sentence: Sentence,
     rules: Rules,
     skip: set[str],  # signs and flags that need no more matches
+    memo: dict[frozenset[str], list[Pattern]],  # possible patterns by the words present; sentences are often alike
 ) -> Iterator[tuple[str, int, int]]:  # the sign or flag, its first word, its last+1 word
     "Find every pattern in one sentence"
-    present = set(sentence.words)
-    text = " ".join(sentence.words) + " "
+    present = rules.words.intersection(sentence.words)
+    if present not in memo:
+        memo[present] = possible_patterns(present, rules)
     offsets = None
-    for word in present:
-        for pattern in rules.patterns.get(word, ()):
-            if pattern.owner in skip or any(need.isdisjoint(present) for need in pattern.needs):
-                continue
-            for match in pattern.regex.finditer(text):
-                if offsets is None:
-                    offsets = word_offsets(sentence.words)
-                yield pattern.owner, bisect_left(offsets, match.start()), bisect_left(offsets, match.end())
+    for pattern in memo[present]:
+        if pattern.owner in skip:
+            continue
+        for match in pattern.regex.finditer(sentence.text):
+            if offsets is None:
+                offsets = word_offsets(sentence.words)
+            yield pattern.owner, bisect_left(offsets, match.start()), bisect_left(offsets, match.end())
 
 
 def word_offsets(

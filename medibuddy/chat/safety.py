@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['DISCLAIMER', 'DENIALS', 'NOT_DENYING', 'ASSERTING', 'AFTER_NOT', 'PREPOSITIONS', 'NEW_CLAUSE', 'MONTHS', 'YOUNG',
-           'PAST', 'BEGINS_PAST', 'AGO', 'NOW', 'LEADING', 'PERSONAL', 'ASKING', 'STUDY', 'SUPPOSED', 'AVOIDING',
-           'PREVENTING', 'PET', 'NEARBY', 'MOST_EXCUSED', 'ORDER', 'denied', 'denies', 'past', 'asked_in_general',
-           'excused', 'RedFlag', 'Reader', 'advise', 'find_red_flags', 'SafetyReply', 'check_message', 'guard_reply']
+           'PAST', 'BEGINS_PAST', 'AGO', 'NOW', 'LEADING', 'PERSONAL', 'MEASURED', 'ASKING', 'STUDY', 'SUPPOSED',
+           'AVOIDING', 'PREVENTING', 'PET', 'NEARBY', 'MOST_EXCUSED', 'ORDER', 'denied', 'denies', 'past',
+           'asked_in_general', 'set_aside', 'excused', 'RedFlag', 'Reader', 'advise', 'find_red_flags', 'SafetyReply',
+           'check_message', 'guard_reply']
 
 # %% ../../nbs/api/51_safety.ipynb #1ed03264
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .red_flags import Flag, Rules, Sentence, find_matches, load_rules, read_sentences
@@ -109,11 +109,12 @@ def past(
     told = told or BEGINS_PAST.match(" ".join(words[last : last + 8]) + " ")
     if not told:
         return False
-    near = " ".join(words[max(0, start - 8) : end + 8]) + " "
+    near = " ".join(words[max(first, start - 8) : min(last, end + 8)]) + " "
     return told[0].startswith(("died", "passed")) or not NOW.search(near)
 
 # %% ../../nbs/api/51_safety.ipynb #2d21c53b
 PERSONAL = frozenset("i me my mine we us our he him his she her they them their myself himself herself help now today tonight just yesterday".split())
+MEASURED = frozenset("FEVER FEVER40 LOWSUGAR HIGHSUGAR LOWOXYGEN KETONES HIGHBP LOWBP".split())  # "is 39.5 dangerous for a baby?" is about a baby
 ASKING = re.compile(
     r"(?:(?:hi|hello|hey|please|so|also|and|thanks|can you|could you|would you|question|quick question) ){0,3}"
     r"(?:what (?:is|are|does|do|causes|cause|happens|would|temperature|kind|counts|percentage|was)|what the|how (?:is|are|do|does|common|quickly|long|often|many|much|can|dangerous|likely|fast|serious|to)|why (?:do|does|is|are|can)"
@@ -130,9 +131,9 @@ def asked_in_general(
     sentence: Sentence,
 ) -> bool:
     "Say whether a sentence asks about a condition without anyone in it"
-    if PERSONAL & set(sentence.words):
+    if (PERSONAL | MEASURED).intersection(sentence.words):
         return False
-    return bool(ASKING.match(" ".join(sentence.words) + " "))
+    return bool(ASKING.match(sentence.text))
 
 
 SUPPOSED = re.compile(
@@ -143,15 +144,19 @@ PREVENTING = frozenset("prevent preventing prevention avoid avoiding treat treat
 PET = re.compile(r"(?<!\S)(?:my|our|the|her|his|a) (?:\S+ )?(?:dog|cat|puppy|kitten|hamster|rabbit|horse|cats|dogs|pet|parrot|guinea pig)(?: \S+)? (?:is|has|was|had|ate|keeps|swallowed|got|drank|died|looks|seems|collapsed) |(?<!\S)in (?:dogs|cats|horses|animals|rats|mice) ")
 
 
+def set_aside(
+    sentence: Sentence,
+) -> bool:
+    "Say whether a whole sentence asks in general, supposes, or speaks of a pet"
+    return asked_in_general(sentence) or bool(SUPPOSED.search(sentence.text) or PET.search(sentence.text))
+
+
 def excused(
     sentence: Sentence,
     start: int,  # first word of the match
     end: int,  # last+1 word of the match
 ) -> bool:
-    "Say whether a match is denied, past, asked in general, supposed, feared or said of a pet"
-    text = " ".join(sentence.words) + " "
-    if asked_in_general(sentence) or SUPPOSED.search(text) or PET.search(text):
-        return True
+    "Say whether a match is denied, past or feared"
     if AVOIDING & set(sentence.words[max(0, start - 4) : start]):
         return True
     return past(sentence, start, end) or denied(sentence, start, end)
@@ -182,14 +187,14 @@ class Reader:
         self.rules, self.study = rules, study
         self.spans: dict[str, tuple[int, int]] = {}  # flags found
         self.signs: dict[str, tuple[int, int, int]] = {}  # sign: the last sentence that asserts it, first and last+1 character
-        self.excused = Counter()
+        self.excused, self.memo = Counter(), {}
 
-    def meant(self, owner: str, sentence: Sentence, start: int, end: int) -> bool:
+    def meant(self, owner: str, sentence: Sentence, aside: bool, start: int, end: int) -> bool:
         "Judge one match"
         flag = self.rules.flags.get(owner)
         if flag and flag.prevention_only:
-            return not (PREVENTING & set(sentence.words)) and not PET.search(" ".join(sentence.words) + " ") and not denied(sentence, start, end)
-        if not (self.study or excused(sentence, start, end)):
+            return not (PREVENTING.intersection(sentence.words) or PET.search(sentence.text) or denied(sentence, start, end))
+        if not (self.study or aside or excused(sentence, start, end)):
             return True
         self.excused[owner] += 1
         return not self.study and self.excused[owner] > MOST_EXCUSED
@@ -197,18 +202,22 @@ class Reader:
     def read(self, number: int, sentence: Sentence) -> None:
         "Read one sentence"
         fresh = {f"sign {sign}" for sign, (at, _, _) in self.signs.items() if number - at < 3}
-        matches = list(find_matches(sentence, self.rules, fresh | self.spans.keys()))
+        matches = list(find_matches(sentence, self.rules, fresh | self.spans.keys(), self.memo))
+        aside = bool(matches) and set_aside(sentence)
+        changed = False
         harmless = [(start, end) for owner, start, end in matches if owner == "sign harmless"]
         for owner, start, end in matches:
             if any(start < last and first < end for first, last in harmless):
                 continue
-            if owner not in self.spans and self.meant(owner, sentence, start, end):
+            if owner not in self.spans and self.meant(owner, sentence, aside, start, end):
                 span = (sentence.starts[start], sentence.ends[end - 1])
                 if owner.startswith("sign "):
                     self.signs[owner[5:]] = (number, *span)
+                    changed = True
                 else:
                     self.spans[owner] = span
-        self.combine(number)
+        if changed:
+            self.combine(number)
 
     def combine(self, number: int) -> None:
         "Raise flags whose signs stand together"
@@ -236,14 +245,10 @@ def find_red_flags(
     if not isinstance(message, str):
         raise UsageError(f"`message` must be a string, got {type(message).__name__}: pass the text that the person wrote.")
     rules = load_rules()
-    sentences = list(read_sentences(message, rules))
-    study = any(STUDY.search(" ".join(sentence.words) + " ") for sentence in sentences)
-    reader, seen = Reader(rules, study), set()
+    sentences = list({sentence.text: sentence for sentence in read_sentences(message, rules)}.values())  # a repeated sentence says nothing new
+    reader = Reader(rules, any(STUDY.search(sentence.text) for sentence in sentences))
     for number, sentence in enumerate(sentences):
-        key = " ".join(sentence.words)
-        if key not in seen:  # a repeated sentence says nothing new
-            seen.add(key)
-            reader.read(number, sentence)
+        reader.read(number, sentence)
     found = [RedFlag(name, span, advise([rules.flags[name]], rules), rules.flags[name].source) for name, span in reader.spans.items()]
     return sorted(found, key=lambda flag: (flag.span, flag.name))
 

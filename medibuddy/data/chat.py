@@ -312,15 +312,16 @@ def _faults(
     bos = ids[:start].count(frame.bos_id) if frame.bos_id == frame.end_id else ids.count(frame.bos_id)
     if frame.bos_id is not None and (bos != 1 or ids[:1] != [frame.bos_id]):
         yield "exactly one BOS", f"{bos} of token {frame.bos_id}, the row starts with {ids[:3]}. Does the template add one and the tokenizer another?"
-    if not any(label != -100 for label in labels):
+    if labels.count(-100) == len(labels):
         yield "at least one label", "every label is -100, nothing would be trained. Does the completion marker occur in the text?"
-    if ids[:start] != prompt or any(label != -100 for label in labels[:start]):
+    if ids[:start] != prompt or labels[:start] != [-100] * start:
         yield "prompt tokens are not labels", f"the first {start} tokens are not the unlabelled tokens of the generation prompt"
     if labels[-1] != frame.end_id:
         yield "the answer's end is a label", f"the last label is {labels[-1]}, the end-of-turn token is {frame.end_id}. Is it masked because it is also the padding token?"
     if labels[start:] != ids[start:]:
         yield "labels are the answer's tokens", "a token of the answer is masked or has another label"
-    if [number for number in ids[start:] if number in frame.control_ids] != [frame.end_id]:
+    answer = ids[start:]
+    if frame.control_ids.intersection(answer) != {frame.end_id} or answer.count(frame.end_id) != 1:
         yield "one end of turn", "a control token stands inside the answer"
 
 # %% ../../nbs/api/14_chat.ipynb #ab4ce257

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+from .dialogue import clean_dialogue
 from .example import Dropped, Example
 
 # %% auto #0
@@ -121,7 +122,8 @@ def clean_example(
     parted = part_reasoning(cleaned)
     if parted != cleaned:
         reasons["reasoning taken out of the answer"] = None
-    return parted, list(reasons)
+    spoken, changed = clean_dialogue(parted)
+    return spoken, [*reasons, *changed]
 
 # %% ../../nbs/api/12_cleaning.ipynb #a053662a
 CHAT_MARKER = re.compile(r"</?think>|<[|｜][^<>|｜\n]{1,40}[|｜]>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<\|endoftext\|>")
@@ -184,12 +186,12 @@ def clean(
     for example in examples:
         cleaned, reasons = clean_example(example)
         fault = fault_of(cleaned)
-        twin = first.setdefault(content_key(cleaned), cleaned.id) if fault is None else None
-        if fault is None and len(first) == len(kept):
-            fault = ("exact duplicate", f"of {twin}")
+        if fault is None and (key := content_key(cleaned)) in first:
+            fault = ("exact duplicate", f"of {first[key]}")
         if fault is not None:
             dropped.append(Dropped(example.id, *fault))
             continue
+        first[key] = cleaned.id
         kept.append(cleaned)
         if reasons:
             changed.append(Changed(example.id, tuple(reasons)))

@@ -16,8 +16,8 @@ import medibuddy
 # %% auto #0
 __all__ = ['EMAIL', 'RECORD_CUE', 'RECORD_FORM', 'MONTH', 'DAY', 'YEAR', 'UNIT', 'DATE', 'SHORT_DATE', 'PHONE', 'PHONE_CUE',
            'STREET', 'PLACE', 'POSTCODE', 'UNIT_NUMBER', 'ADDRESS', 'ADDRESS_CUE', 'NOT_NAMES', 'EPONYM', 'NAME_WORD',
-           'NAME_RUN', 'INITIALS', 'TITLED', 'CUED', 'INTRODUCED', 'BARE', 'RECOGNISERS', 'Span', 'Scrubbed', 'records',
-           'dates', 'phones', 'addresses', 'name_lists', 'names', 'find_phi', 'scrub_phi']
+           'NAME_RUN', 'INITIALS', 'TITLED', 'CUED', 'INTRODUCED', 'BARE', 'DIGIT', 'RECOGNISERS', 'Span', 'Scrubbed',
+           'records', 'dates', 'phones', 'addresses', 'name_lists', 'names', 'find_phi', 'scrub_phi']
 
 # %% ../../nbs/api/12a_phi.ipynb #5efa3539
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def phones(
 
 # %% ../../nbs/api/12a_phi.ipynb #c741e757
 STREET = r"(?:Street|St|Avenue|Ave|Road|Rd|Lane|Ln|Drive|Dr|Boulevard|Blvd|Court|Ct|Place|Pl|Square|Sq|Terrace|Ter|Way|Close|Crescent|Cres|Gardens|Grove|Highway|Hwy|Parkway|Pkwy|Circle|Cir|Trail|Row|Mews|Hill|Walk|Marg|Nagar|Colony|Layout|Enclave|Cross|Main|Bazaar|Chowk|Alley|Loop|Quay|Rise|View|Park)"
-PLACE = r"(?:,\s*(?:[A-Z][\w'’-]+\s?){1,3}(?=[,.\s]|$))"
+PLACE = r"(?:,\s*[A-Z][a-zà-ÿ'’-]+(?:\s[A-Z][a-zà-ÿ'’-]+){0,2}(?![\w]))"
 POSTCODE = r"(?:,?\s*(?:[A-Z]{2}\s+)?\d{5}(?:-\d{4})?\b|,?\s*[A-Z]{1,2}\d[A-Z\d]?\s*\d[A-Z]{2}\b|,?\s*-?\s*\d{6}\b|,?\s*[A-Z]{2}\b(?=[.,\s]|$))"
 UNIT_NUMBER = r"(?:,?\s*(?:Apt|Apartment|Unit|Suite|Ste|Flat|Floor|Room|#)\.?\s*#?\w{1,5})"
 ADDRESS = re.compile(
@@ -132,20 +132,20 @@ Please Thank Thanks Hello Hi Hey Dear Regards Sincerely Welcome Sorry Kindly Goo
 Mom Mum Dad Mother Father Wife Husband Son Daughter Brother Baby Child Age Aged Male Female Man Woman Boy Girl Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April June July August September October November December
 Blood Pressure Sugar Heart Rate Pulse Pain Fever Cough Chest Head Back Left Right Upper Lower Acute Chronic Severe Mild Type Stage Grade Vitamin Tab Tablet Cap Syrup Injection Test Tests Scan Report Reports Result Results Normal Positive Negative Diagnosis Treatment History Medical Hospital Clinic Emergency
 ECG EKG MRI CT USG HIV TB BP ICU ER OPD ENT IVF Day Days Week Weeks Month Months Year Years Hope Wish Take Let Any Some Many Much More Most Very Every Each Other Another Both Either Neither Because However Therefore Although Though Even Still Yet Again Ever Never Always Often
-Looking Having Feeling Getting Going Taking Suffering Waiting Given Seen Tell Know Think Need Want Like See Go Get Got Give North South East West Okay Ok Oh Well Sure Right Consult Avoid Use Drink Eat Sleep Try Start Stop Keep Make Ask Check First Second Third Last Next Once Two Three Four Five One
+Looking Having Feeling Getting Going Taking Suffering Waiting Given Seen Tell Know Think Need Want Like See Go Get Got Give North South East West Northern Southern Candida Los Council Okay Ok Oh Well Sure Right Consult Avoid Use Drink Eat Sleep Try Start Stop Keep Make Ask Check First Second Third Last Next Once Two Three Four Five One
 """.split())
-EPONYM = re.compile(r"(?:['’]s?)?(?:[\s-]+[\w-]+)?[\s-]+(?:diseases?|syndromes?|signs?|tests?|pals(?:y|ies)|lymphomas?|scores?|scales?|criteria|criterion|reflex|thyroiditis|ulcers?|tumou?rs?|sarcomas?|catheters?|tubes?|fractures?|contractures?|reactions?|stains?|virus|class|classification|index|man(?:oeu|eu)ver|law|formula|nodes?|o?esophagus|ana?emia|chorea|phenomen\w+|triad|procedure|operation|technique|lines?|bod(?:y|ies)|cells?|organisms?|disorder|granulomatosis|ataxia|dystrophy|nephropathy|crisis|paralysis|angina|pouch|ligament|canal|monitor|fundoplication|equation|probe|ultrasound|arthropathy|encephalopathy|vaccine|clinic|hospital|effect|University|Medical)\b", re.IGNORECASE)
+EPONYM = re.compile(r"(?:['’]s?)?(?:[\s-]+[a-z-]+)?[\s-]+(?:diseases?|syndromes?|signs?|tests?|pals(?:y|ies)|lymphomas?|scores?|scales?|criteria|criterion|reflex|thyroiditis|ulcers?|tumou?rs?|sarcomas?|catheters?|tubes?|fractures?|contractures?|reactions?|stains?|virus|class|classification|index|man(?:oeu|eu)ver|law|formula|nodes?|o?esophagus|ana?emia|chorea|phenomen\w+|triad|procedure|operation|technique|lines?|bod(?:y|ies)|cells?|organisms?|disorder|granulomatosis|ataxia|dystrophy|nephropathy|crisis|paralysis|angina|pouch|ligament|canal|monitor|fundoplication|equation|probe|ultrasound|arthropathy|encephalopathy|vaccine|kappa|type)\b")
 NAME_WORD = r"[A-Z][a-zà-öø-ÿ]+(?:['’-][A-Z]?[a-zà-öø-ÿ]+|[A-Z][a-z]+)*"
 NAME_RUN = rf"{NAME_WORD}(?:\s+(?:[A-Z]\.?\s+)?(?:(?:de|da|dos|del|van|von|der|den|bin|binti|al|el|la)\s+)*(?:[OD]['’])?{NAME_WORD})*"
 INITIALS = r"(?:[A-Z]\.\s?){1,3}"
 TITLED = re.compile(rf"\b(?:[Dd]r|DR|[Mm]rs?|MRS?|[Mm]s|MS|[Pp]rof|[Pp]rofessor|Shri|Smt)\b\.?\s+(?P<value>(?:{INITIALS})?{NAME_RUN}|[A-Z]{{3,}}(?:\s+[A-Z]{{3,}})*|[a-z]{{3,}}(?:\s+[a-z]{{3,}})?)")
-CUED = re.compile(rf"\b(?:[Nn]ame(?: of (?:the )?patient)?(?:\s+is|['’]s|\s*:)|NAME\s*:|(?:am|son|daughter|friend|man|woman|boy|girl|doctor|nurse|someone|lady|guy|colleague|baby|kid|child) (?:called|named)|[Rr]egards|[Ss]incerely|[Ss]igned(?: by)?|[Yy]ours(?: truly| faithfully)?|[Cc]heers(?=,)|[Bb]est(?: wishes)?(?=,)|[Ll]ove(?=,))[,:]?\s+(?P<value>(?:{INITIALS})?{NAME_RUN}|[a-z]{{3,}}(?:\s+[a-z]{{3,}})?|[A-Z]{{3,}}(?:\s+[A-Z]{{3,}})*)")
-INTRODUCED = re.compile(rf"\b(?:[Tt]his is|I am|I['’]m|[Dd]ear|[Hh]i|[Hh]ello|[Hh]ey|[Tt]hanks|[Tt]hank you|(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur)\s+(?:\w+[- ])?(?:son|daughter|wife|husband|mother|father|mom|mum|dad|brother|sister|uncle|aunt|niece|nephew|cousin|friend|partner|baby|grand(?:son|mother|father|daughter)|boyfriend|girlfriend|fianc[eé]e?|colleague|neighbou?r)|[Pp]atient(?!:)|[Dd]octor(?!:)|[Ss]ister|[Nn]urse|[Uu]ncle|[Aa]unt(?:ie|y)?|[Ss]een by|[Rr]eferred by|[Ss]poke (?:to|with)|[Uu]nder)[,:]?\s+(?P<value>(?:{INITIALS})?{NAME_RUN})")
+CUED = re.compile(rf"\b(?:[Nn]ame(?: of (?:the )?patient)?(?:\s+is|['’]s|\s*:)|NAME\s*:|(?:am|son|daughter|friend|man|woman|boy|girl|doctor|nurse|someone|lady|guy|colleague|baby|kid|child) (?:called|named)|[Rr]egards|[Ss]incerely|[Ss]igned(?: by)?|[Yy]ours(?: truly| faithfully| sincerely)?|[Cc]heers(?=,)|[Bb]est(?: wishes)?(?=,)|[Ll]ove(?=,))[,:]?\s+(?P<value>(?:{INITIALS})?{NAME_RUN}|[a-z]{{3,}}(?:\s+[a-z]{{3,}})?|[A-Z]{{3,}}(?:\s+[A-Z]{{3,}})*)")
+INTRODUCED = re.compile(rf"\b(?:(?P<person>[Tt]his is|(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur)\s+(?:\w+[- ])?(?:son|daughter|wife|husband|mother|father|mom|mum|dad|brother|sister|uncle|aunt|niece|nephew|cousin|friend|partner|baby|grand(?:son|mother|father|daughter)|boyfriend|girlfriend|fianc[eé]e?|colleague|neighbou?r)|[Ss]een by|[Rr]eferred by|[Ss]poke (?:to|with)|[Dd]ear)|I am|I['’]m|[Hh]i|[Hh]ello|[Hh]ey|[Tt]hanks|[Tt]hank you|[Pp]atient(?!:)|[Dd]octor(?!:)|[Ss]ister|[Nn]urse|[Uu]ncle|[Aa]unt(?:ie|y)?|[Uu]nder)(?P<gap>[,:]?\s+)(?P<value>(?:{INITIALS})?{NAME_RUN})")
 BARE = re.compile(rf"(?<![\w-])(?:{INITIALS}{NAME_WORD}|{NAME_RUN})")
 
 # %% ../../nbs/api/12a_phi.ipynb #3a8ff169
 @lru_cache(1)
-def name_lists() -> dict[str, frozenset[str]]:  # "given", "ambiguous" (ordinary words too) and "family"
+def name_lists() -> dict[str, frozenset[str]]:  # "given", "ambiguous" (given, but ordinary words too), "family"; "first" and "any" join them
     "The names that ship with the package"
     lists: dict[str, list[str]] = {}
     for line in (Path(medibuddy.__file__).parent / "data" / "names.txt").read_text(encoding="utf-8").splitlines():
@@ -153,48 +153,56 @@ def name_lists() -> dict[str, frozenset[str]]:  # "given", "ambiguous" (ordinary
             current = lists.setdefault(line.strip("[]"), [])
         elif not line.startswith("#"):
             current += line.split()
-    return {kind: frozenset(names) for kind, names in lists.items()}
+    known = {kind: frozenset(names) for kind, names in lists.items()}
+    return known | {"first": known["given"] | known["ambiguous"], "any": known["given"] | known["ambiguous"] | known["family"]}
 
 # %% ../../nbs/api/12a_phi.ipynb #3877badc
 def _trim(
     text: str,  # the text
     start: int,  # where a run of capitalised words begins
     end: int,  # where it ends
-    known: str,  # "sure" (any word), "likely" (a word of the lists, or one that is not ordinary) or "bare" (a given name)
+    known: str,  # "sure" or "likely" (any word), "listed" (a word of the lists) or "bare" (a given name)
 ) -> Span | None:
     "The part of a run that is a name"
     words = list(re.finditer(r"[^\s.]+\.?", text[start:end]))
-    while words and (words[0].group().strip(".").capitalize() in NOT_NAMES and known != "sure" or words[0].group() in NOT_NAMES):
+    lists = name_lists()
+    whole = len(words) > 1 and words[0].group() in lists["ambiguous"] and words[1].group() in lists["family"]  # "Will Turner"
+    while words and not whole and (words[0].group().strip(".").capitalize() in NOT_NAMES and known != "sure" or words[0].group() in NOT_NAMES):
         words.pop(0)
-    stop = next((number for number, word in enumerate(words) if word.group() in NOT_NAMES), len(words))
+    stop = next((number for number, word in enumerate(words) if word.group() in NOT_NAMES and not (whole and number == 0)), len(words))
     words = words[:stop]
     if not words:
         return None
-    lists = name_lists()
     if known == "bare" and words[0].group() not in lists["given"]:
         initials = "." in words[0].group()
         if len(words) < 2 or not (initials or words[0].group() in lists["ambiguous"]) or words[-1].group() not in lists["family"]:
             return None
+    if known == "listed" and not any(word.group() in lists["any"] for word in words):
+        return None
     if words[0].group().islower() or words[0].group().isupper():  # lower-case or shouted words must be known names
-        listed = [word for word in words if word.group().capitalize() in lists["given"] | lists["family"] | lists["ambiguous"] and word.group().capitalize() not in NOT_NAMES]
+        listed = [word for word in words if word.group().capitalize() in lists["any"] and word.group().capitalize() not in NOT_NAMES]
         if not listed or listed[0] is not words[0]:
             return None
         words = words[:2] if len(words) > 1 and words[1] in listed else words[:1]
     span = Span(start + words[0].start(), start + words[-1].end() - (words[-1].group().endswith(".") and len(words[-1].group()) > 2), "NAME")
+    # "Bell's palsy" is no patient; after a title or a cue only a possessive says so
     eponym = known != "sure" and EPONYM.match(text, span.end) or known == "sure" and re.match(r"['’]s\s+(?:disease|syndrome|sign)", text[span.end:])
     return None if eponym else span
 
-
+# %% ../../nbs/api/12a_phi.ipynb #a7c65fbf
 def names(
     text: str,  # any text
 ) -> Iterator[Span]:
     "Names of people"
-    for pattern, known in ((TITLED, "sure"), (CUED, "sure"), (INTRODUCED, "likely")):
+    for pattern in (TITLED, CUED, INTRODUCED):
         for match in pattern.finditer(text):
+            known = "sure"
+            if pattern is INTRODUCED:  # "my son Arjun" or a signature names somebody; "Hi, Severe pain" only starts a sentence
+                apposed = text[match.end():match.end() + 1] == ","  # "my husband, X, snores"
+                known = "likely" if (match["person"] and (match["gap"].isspace() or apposed)) or "\n" in match["gap"] else "listed"
             if span := _trim(text, match.start("value"), match.end("value"), known):
                 yield span
-    lists = name_lists()
-    possible = lists["given"] | lists["ambiguous"]
+    possible = name_lists()["first"]
     for match in BARE.finditer(text):
         if "." not in match.group() and possible.isdisjoint(match.group().split()):
             continue  # most capitalised words
@@ -212,6 +220,7 @@ def _given_names(
     return [offset + match.start() for match in re.finditer(r"(?<!\S)\S", run)][:4]
 
 # %% ../../nbs/api/12a_phi.ipynb #974d8464
+DIGIT = re.compile(r"\d")
 RECOGNISERS = {"EMAIL": lambda text: (Span(match.start(), match.end(), "EMAIL") for match in EMAIL.finditer(text)), "RECORD": records, "ADDRESS": addresses, "DATE": dates, "PHONE": phones, "NAME": names}
 
 
@@ -220,7 +229,7 @@ def find_phi(
 ) -> list[Span]:  # in order, not overlapping
     "Every piece of protected information in `text`"
     # most texts lack what most kinds need, which is quicker to see than to search for
-    digits = any(character.isdigit() for character in text)
+    digits = DIGIT.search(text) is not None
     needed = {"NAME": True, "EMAIL": "@" in text or "at" in text and "dot" in text}
     found: list[Span] = []
     for kind, recognise in RECOGNISERS.items():

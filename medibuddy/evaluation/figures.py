@@ -37,7 +37,7 @@ def new_figure(
 
 
 def to_png(
-    figure: Figure,
+    figure: Figure,  # a drawn figure
 ) -> bytes:  # the same bytes for the same figure
     "Save a figure without date or software version"
     buffer = io.BytesIO()

@@ -52,15 +52,15 @@ def wilson(
 
 
 def share(
-    part: float,
-    whole: float,
+    part: float,  # numerator
+    whole: float,  # denominator; 0 where there is nothing
 ) -> float | None:  # None without a whole
     "A quotient that does not invent a number for nothing"
     return part / whole if whole else None
 
 # %% ../../nbs/api/42_metrics.ipynb #408a8df9
 def class_scores(
-    gold: list[str],
+    gold: list[str],  # gold labels, one a question
     predicted: list[str | None],  # None where nothing could be read
     labels: tuple[str, ...],  # the task's labels, in the order to show
 ) -> dict:  # macro_f1, per_class and confusion
@@ -81,8 +81,8 @@ def class_scores(
 
 # %% ../../nbs/api/42_metrics.ipynb #dfc970cd
 def majority_class(
-    gold: list[str],
-    labels: tuple[str, ...],
+    gold: list[str],  # gold labels, one a question
+    labels: tuple[str, ...],  # the task's labels
 ) -> dict | None:  # label, accuracy and macro_f1; None without graded rows
     "Score the answer that always names the most frequent label"
     if not gold:
@@ -104,8 +104,8 @@ def squad_tokens(
 
 
 def token_f1(
-    prediction: str,
-    reference: str,
+    prediction: str,  # the model's answer text
+    reference: str,  # the reference answer
 ) -> float:  # 0 to 1
     "Harmonic mean of token precision and recall; two empty texts are equal"
     found, wanted = squad_tokens(prediction), squad_tokens(reference)
@@ -154,9 +154,9 @@ def group_scores(
 
 
 def scores_by(
-    rows: list[dict],
-    labels: tuple[str, ...],
-    f1s: list[float | None],
+    rows: list[dict],  # generations rows
+    labels: tuple[str, ...],  # the task's labels
+    f1s: list[float | None],  # token F1 a row; None without a reference
     keys: list[str | None],  # the group of each row; None belongs to none
 ) -> dict[str, dict]:  # by group, in alphabetical order
     "Score every group of rows"

@@ -56,9 +56,9 @@ def mcnemar_p(
 
 def tango_score(
     delta: float,  # difference of shares under test
-    gained: int,
-    lost: int,
-    n: int,
+    gained: int,  # questions wrong before and right after
+    lost: int,  # questions right before and wrong after
+    n: int,  # questions in all
 ) -> float:  # standard normal under `delta`
     "Tango's score statistic for a paired difference"
     b = -gained - lost + (2 * n - gained + lost) * delta
@@ -69,8 +69,8 @@ def tango_score(
 
 
 def tango_interval(
-    gained: int,
-    lost: int,
+    gained: int,  # questions wrong before and right after
+    lost: int,  # questions right before and wrong after
     n: int,  # questions
 ) -> list[float] | None:  # lower and upper bound as shares; None without questions
     "95 % score interval of the difference of two paired shares"
@@ -117,10 +117,10 @@ def percentile_interval(
 
 
 def bootstrap_intervals(
-    gold: list[str],
+    gold: list[str],  # gold labels, one a question
     base: list[str | None],  # decisions; None is unreadable
-    tuned: list[str | None],
-    labels: tuple[str, ...],
+    tuned: list[str | None],  # decisions of the tuned model
+    labels: tuple[str, ...],  # the task's labels
 ) -> dict:  # accuracy and macro_f1 intervals of the difference tuned - base, as shares
     "Bootstrap the differences of accuracy and macro-F1"
     index = {label: i for i, label in enumerate(labels)} | {None: len(labels)}
@@ -133,7 +133,7 @@ def bootstrap_intervals(
 def minimum_detectable(
     n: int,  # graded questions
     discordant: int,  # questions on which exactly one model was right
-    power: float = 0.8,
+    power: float = 0.8,  # chance of showing the difference
 ) -> float | None:  # difference of shares; None when even the greatest could not be shown
     "Smallest true difference that n questions would show with the given power"
     if not n:
@@ -176,7 +176,7 @@ def points(
 
 
 def spell_p(
-    p: float,
+    p: float,  # p-value
 ) -> str:  # "p = 0.031" or "p < 0.001"
     "Spell a p-value"
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
@@ -205,7 +205,7 @@ def decision_sentence(
 # %% ../../nbs/api/43_paired.ipynb #8d3f0d26
 def side(
     rows: list[dict],  # graded rows of one model
-    labels: tuple[str, ...],
+    labels: tuple[str, ...],  # the task's labels
 ) -> dict:
     "One model's half of the comparison"
     gold, predicted = [row["gold"] for row in rows], [decided(row) for row in rows]
@@ -221,7 +221,7 @@ def side(
 
 def compare_graded(
     pairs: list[tuple[dict, dict]],  # graded rows, base and tuned
-    labels: tuple[str, ...],
+    labels: tuple[str, ...],  # the task's labels
 ) -> dict:  # n, base, tuned, difference, mcnemar_p, flips, flips_ids, discordant, verdict, verdict_text
     "Compare decisions question by question"
     n, gold = len(pairs), [before["gold"] for before, _ in pairs]
@@ -285,7 +285,7 @@ def mean_test(
 
 def compare_texts(
     base: list[float | None],  # token F1 a question; None where there is no reference answer
-    tuned: list[float | None],
+    tuned: list[float | None],  # token F1 a question of the tuned model
 ) -> dict:  # n, base_token_f1, tuned_token_f1, difference, difference_ci, p, method, verdict, verdict_text
     "Compare answer texts question by question"
     pairs = [(before, after) for before, after in zip(base, tuned) if before is not None and after is not None]
@@ -306,11 +306,11 @@ def compare_texts(
 
 # %% ../../nbs/api/43_paired.ipynb #d04bed74
 def compare_sources(
-    pairs: list[tuple[dict, dict]],
-    labels: tuple[str, ...],
-    references: dict[str, Example],
-    base_f1: list[float | None],
-    tuned_f1: list[float | None],
+    pairs: list[tuple[dict, dict]],  # rows of base and tuned model, as `align` gives them
+    labels: tuple[str, ...],  # the task's labels
+    references: dict[str, Example],  # examples by id
+    base_f1: list[float | None],  # token F1 of the base model, one a pair
+    tuned_f1: list[float | None],  # token F1 of the tuned model, one a pair
 ) -> dict[str, dict]:  # by source: the graded comparison, `p_holm`, and `text`
     "Compare each source of rows apart"
     sources = {}

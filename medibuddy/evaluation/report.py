@@ -28,7 +28,7 @@ MISSING_AFTER = ("report", "verify")  # stages that come after the numbers; a re
 
 
 def read_if_there(
-    path: Path,
+    path: Path,  # a file of the run
     read,  # `read_json` or `read_jsonl`
     otherwise,  # value for a missing file
 ):
@@ -37,9 +37,9 @@ def read_if_there(
 
 
 def pair_answers(
-    examples: list[Example],
+    examples: list[Example],  # the test rows
     base: list[dict],  # generations rows; empty when not generated
-    tuned: list[dict],
+    tuned: list[dict],  # generations rows of the tuned model; empty when not generated
 ) -> list[dict]:  # question, reference and both answers, in the order of the test rows
     "Put the question and both answers of every test row side by side"
     references = {example.id: example for example in examples}
@@ -48,9 +48,9 @@ def pair_answers(
 
 
 def describe_answer(
-    example: Example,
+    example: Example,  # the test row
     base: dict,  # generations row with token_f1
-    tuned: dict,
+    tuned: dict,  # generations row of the tuned model with token_f1
 ) -> dict:  # JSON-ready
     "One question with both answers and what changed"
     marks = [mark(row) for row in (base, tuned)]
@@ -136,7 +136,7 @@ def list_answers(
 
 
 def shorten(
-    text: str,
+    text: str,  # any text
     limit: int = 4000,  # characters
 ) -> str:  # at most `limit` characters and a note
     "Cut a long text visibly"
@@ -157,7 +157,7 @@ FIGURES = {  # name -> caption, text for those who cannot see it
 
 
 def headline(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> list[tuple[str, str, str]]:  # label, number, note
     "The four numbers at the top"
     comparison, text = facts["comparison"], facts["comparison"]["text"]
@@ -181,7 +181,7 @@ def headline(
 
 
 def majority_line(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> str:  # "" without graded rows
     "What always giving the most frequent answer would score"
     majority = facts["metrics"].get("base", {}).get("majority_class")
@@ -189,7 +189,7 @@ def majority_line(
 
 
 def warnings(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> list[str]:
     "What a reader of the headline should know"
     found = []
@@ -208,7 +208,7 @@ def warnings(
 
 
 def leak_line(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> str:
     "The result of the leak gate"
     leaks = facts["manifest"].get("data", {}).get("leaks")
@@ -253,7 +253,7 @@ def view(
 
 
 def model_name(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> str:
     "The base model's name without the folders of one machine"
     name = facts["manifest"].get("base_model", {}).get("name") or facts["recipe"].get("model", {}).get("name") or "not recorded"
@@ -264,14 +264,14 @@ TEMPLATES = Path(medibuddy.__file__).parent / "evaluation"
 
 
 def markdown_cell(
-    text: str,
+    text: str,  # any text
 ) -> str:  # one line
     "Keep a value inside its table cell"
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def fenced(
-    text: str,
+    text: str,  # any text
 ) -> str:
     "A code block that no text can end"
     longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)

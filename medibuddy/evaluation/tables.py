@@ -26,7 +26,7 @@ def percent(
 
 
 def with_interval(
-    share: float | None,
+    share: float | None,  # 0 to 1; None where there is no such number
     interval: list[float] | None,  # lower and upper share
 ) -> str:  # "62.4 % [58.1, 66.5]"
     "Spell a share with its interval"
@@ -35,7 +35,7 @@ def with_interval(
 
 def signed_points(
     share: float | None,  # a difference of shares
-    interval: list[float] | None = None,
+    interval: list[float] | None = None,  # lower and upper share; None shows none
 ) -> str:  # "+12.3 [+4.0, +20.1]", in percentage points
     "Spell a difference in percentage points"
     def one(value: float) -> str:
@@ -47,21 +47,21 @@ def signed_points(
 
 
 def thousands(
-    number: float | None,
+    number: float | None,  # a count; None where it was not recorded
 ) -> str:  # "12,345"
     "Spell a count"
     return UNKNOWN if number is None else f"{number:,.0f}"
 
 
 def bare_p(
-    p: float,
+    p: float,  # p-value
 ) -> str:  # "0.031" or "< 0.001", for a column headed p
     "Spell a p-value without its name"
     return spell_p(p).removeprefix("p ").removeprefix("= ").replace(" ", SPACE)
 
 
 def duration(
-    seconds: float | None,
+    seconds: float | None,  # a time; None where it was not recorded
 ) -> str:  # "8.3 s", "2 min 05 s" or "1 h 02 min"
     "Spell a time"
     if seconds is None:
@@ -73,9 +73,9 @@ def duration(
 
 
 def table(
-    caption: str,
+    caption: str,  # what the table shows
     head: list[str],  # column headings; all but the first hold numbers unless `prose` says otherwise
-    rows: list[list[str]],
+    rows: list[list[str]],  # cells, row by row
     prose: bool = False,  # left-align every column
 ) -> dict | None:  # None without rows
     "A table as both templates print it"
@@ -108,7 +108,7 @@ def headline_table(
 
 
 def source_table(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> dict | None:  # None when the rows have one source
     "Each source of test questions apart"
     parts = facts["comparison"]["by_source"]
@@ -126,7 +126,7 @@ def source_table(
 
 
 def class_table(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> dict | None:
     "Each decision apart"
     base, tuned = (facts["metrics"].get(which, {}).get("per_class", {}) for which in ("base", "tuned"))
@@ -139,7 +139,7 @@ def class_table(
 
 
 def specialty_table(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> dict | None:  # None when no row names its specialty
     "Each specialty apart"
     base, tuned = (facts["metrics"].get(which, {}).get("by_specialty", {}) for which in ("base", "tuned"))
@@ -150,7 +150,7 @@ def specialty_table(
 
 # %% ../../nbs/api/44a_tables.ipynb #a5a2529b
 def data_table(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> dict | None:
     "Every row accounted for"
     data = facts["manifest"].get("data")
@@ -169,7 +169,7 @@ def data_table(
 
 
 def setting_table(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> dict | None:
     "The resolved recipe"
     def spell(value: Any) -> str:
@@ -184,7 +184,7 @@ def setting_table(
 
 
 def cost_table(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> dict | None:
     "Time, memory and tokens of each stage"
     rows = []
@@ -200,7 +200,7 @@ def cost_table(
 
 
 def environment_table(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> dict | None:
     "Machine and versions"
     def flatten(values: dict, prefix: str = "") -> list[list[str]]:
@@ -215,7 +215,7 @@ def environment_table(
 
 
 def file_table(
-    facts: dict,
+    facts: dict,  # as `report.collect` gives them
 ) -> dict | None:
     "What the numbers were made from"
     manifest = facts["manifest"]

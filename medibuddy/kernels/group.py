@@ -91,7 +91,7 @@ def quantized_reason(
     if state is None:
         return "its 4-bit weight has not been quantised yet"
     if getattr(state, "packing_format_for_cpu", False):
-        return "its 4-bit weight was repacked for CPU inference"
+        return "its 4-bit weight was repacked for CPU inference, after which gradients through it are lost: load the model anew"
     return None
 
 # %% ../../nbs/api/25_group.ipynb #0035b390
@@ -168,6 +168,12 @@ class ProjectionGroup:
             base.weight.data = self.stack[start : start + base.out_features]
             start += base.out_features
         return self.stack
+
+    def forbid_repacking(self) -> None:
+        "Keep bitsandbytes from repacking 4-bit weights at the next evaluation on a CPU, after which training silently goes wrong"
+        for base in self.base_layers():
+            if hasattr(base, "support_avx512bf16_for_cpu"):
+                base.support_avx512bf16_for_cpu = False
 
     def release(self) -> None:
         "Give every module weights of its own again"

@@ -100,6 +100,7 @@ class Fusion:
         group = ProjectionGroup([getattr(parent, attribute) for attribute in attributes])
         found = [(f"{name}.{attribute}", unserved_reason(getattr(parent, attribute))) for attribute in attributes]
         self.left += [(part, reason) for part, reason in found if reason]
+        group.forbid_repacking()
         if not group.reasons() and type(group.base_layers()[0]) is nn.Linear:
             group.stack_weights()
         self.groups.append(group)

@@ -76,9 +76,11 @@ class QuantizedWeight:
         buffer = shared_buffer((rows, self.layers[0].in_features), self.layers[0].weight, self.dtype)
         start = 0
         for layer in self.layers:
-            part = buffer[start : start + layer.out_features]
-            dense = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            part.copy_(dense.view_as(part))
+            part, state = buffer[start : start + layer.out_features], layer.weight.quant_state
+            if buffer.is_cuda and state.dtype == buffer.dtype:  # bitsandbytes fills a given tensor on GPUs only
+                dequantize_4bit(layer.weight.data, state, out=part)
+            else:
+                part.copy_(dequantize_4bit(layer.weight.data, state).view_as(part))
             start += layer.out_features
         return buffer
 

@@ -664,7 +664,7 @@ KINDS = ("reading", "trait", "textbook", "case", "drill", "pairs", "general")
 EARLY, LATER = (6, 3, 3, 3, 15, 70, 0), (60, 7, 5, 9, 5, 12, 2)  # the first documents are mostly short pairs to compare and lists to copy
 
 
-def corpus(seed, folder=".", facts_seed=42, early=8000):
+def corpus(seed, folder=".", facts_seed=42, early=6500):
     """An endless stream of pre-training documents; only facts of the training partition are in it."""
     rng = random.Random(f"{seed}-corpus")
     entities = load_facts(folder, facts_seed)
