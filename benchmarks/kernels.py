@@ -12,9 +12,9 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -93,68 +93,91 @@ def lora_operations(tokens: int, shapes: list[tuple[int, int]], rank: int = 16) 
     return sum(tokens * (4 * i * o + 6 * rank * (i + o)) for i, o in shapes)
 
 
-def cases(size: str, device: str, dtype: torch.dtype) -> list[Case]:
-    "Every fused operation at one size"
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+class Bench:
+    "Activations, an adapted layer for each side, and the cases made of them"
 
-    from medibuddy.kernels.forward import FrozenRmsNorm, FusedMlp
-    from medibuddy.kernels.group import ProjectionGroup, run_group
-    from medibuddy.kernels.loss import AnswerLoss
-    from medibuddy.kernels.projection import Rotary
-    from medibuddy.kernels.rows import attend_padded, attend_rows, pack_rows
+    def __init__(self, size: str, device: str, dtype: torch.dtype):
+        sizes, self.lengths, self.device = SIZES[size], LENGTHS[size], device
+        self.hidden, self.inner, self.vocabulary, self.width = (sizes[name] for name in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
+        self.heads, self.key_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+        self.outputs, self.tokens = (self.heads + 2 * self.key_heads) * self.width, sum(self.lengths)
+        self.old, self.new = (adapted_layer(size, device, dtype).get_base_model().model.layers[0] for _ in range(2))
+        self.make = lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
+        self.item = torch.finfo(dtype).bits // 8
+        self.x, self.outer = self.make(self.tokens, self.hidden), self.make(self.tokens, self.hidden)
+        angle = torch.rand(self.tokens, self.width // 2, device=device)
+        self.cosine, self.sine = angle.cos().to(dtype), angle.sin().to(dtype)
 
-    sizes, lengths = SIZES[size], LENGTHS[size]
-    hidden, inner, vocabulary, width = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"], sizes["head_dim"]
-    heads, key_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-    tokens, batch, longest, item = sum(lengths), len(lengths), max(lengths), torch.finfo(dtype).bits // 8
-    old, new = adapted_layer(size, device, dtype), adapted_layer(size, device, dtype)
-    old, new = (model.get_base_model().model.layers[0] for model in (old, new))
-    x = torch.randn(tokens, hidden, device=device, dtype=dtype)
-    outputs = (heads + 2 * key_heads) * width
-    wide_outer, outer = torch.randn(tokens, outputs, device=device, dtype=dtype), torch.randn(tokens, hidden, device=device, dtype=dtype)
-    angle = torch.rand(tokens, width // 2, device=device)
-    cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
-    group = ProjectionGroup([new.self_attn.q_proj, new.self_attn.k_proj, new.self_attn.v_proj])
-    mlp = FusedMlp(new.mlp, ProjectionGroup([new.mlp.gate_proj, new.mlp.up_proj]), ProjectionGroup([new.mlp.down_proj]))
+    def query_key_value(self) -> Case:
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    def peft_qkv(x):
-        q, k, v = (part(x).view(1, tokens, -1, width).transpose(1, 2) for part in (old.self_attn.q_proj, old.self_attn.k_proj, old.self_attn.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, cosine.repeat(1, 2)[None], sine.repeat(1, 2)[None])
-        return torch.cat([part.transpose(1, 2).reshape(tokens, -1) for part in (q, k, v)], dim=1)
+        from medibuddy.kernels.group import ProjectionGroup, run_group
+        from medibuddy.kernels.projection import Rotary
 
-    mask = (torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]).long()
-    labels = torch.where(mask.bool(), 1, -100)
-    rows = pack_rows(mask, labels)
-    padded = torch.randn(batch, longest, outputs, device=device, dtype=dtype)
-    allowed = mask.bool()[:, None, None, :] & torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
-    padded_outer = torch.randn(batch, heads, longest, width, device=device, dtype=dtype)
+        names, outer = ("q_proj", "k_proj", "v_proj"), self.make(self.tokens, self.outputs)
+        group = ProjectionGroup([getattr(self.new.self_attn, name) for name in names])
+        rotary = Rotary(self.cosine, self.sine, self.heads + self.key_heads)
 
-    def masked_attention(x):
-        q, k, v = (part.transpose(1, 2) for part in x.unflatten(-1, (-1, width)).split([heads, key_heads, key_heads], dim=2))
-        k, v = (part.repeat_interleave(heads // key_heads, dim=1) for part in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        def peft(x):
+            q, k, v = (getattr(self.old.self_attn, name)(x).view(1, self.tokens, -1, self.width).transpose(1, 2) for name in names)
+            q, k = apply_rotary_pos_emb(q, k, self.cosine.repeat(1, 2)[None], self.sine.repeat(1, 2)[None])
+            return torch.cat([part.transpose(1, 2).reshape(self.tokens, -1) for part in (q, k, v)], dim=1)
 
-    def packed_attention(x):
-        q, k, v = x.unflatten(-1, (-1, width)).split([heads, key_heads, key_heads], dim=1)
-        return (attend_rows if device == "cpu" else attend_padded)(q, k, v, rows, width**-0.5, 0.0, False)
+        operations = lora_operations(self.tokens, [(self.hidden, self.outputs)])
+        moved = 2 * self.item * self.tokens * (self.hidden + self.outputs)
+        return Case("q, k, v and RoPE", gradient_step(peft, self.x, outer), gradient_step(lambda x: run_group(group, x, rotary=rotary), self.x, outer), operations, moved)
 
-    norm = old.input_layernorm.requires_grad_(False)
-    head = torch.randn(vocabulary, hidden, device=device, dtype=dtype) * hidden**-0.5
-    answers = x[: tokens // 4]
-    targets = torch.randint(0, vocabulary, (answers.shape[0],), device=device)
-    one = torch.ones((), device=device)
-    squares = sum(length**2 for length in lengths)
-    return [
-        Case("q, k, v and RoPE", gradient_step(peft_qkv, x, wide_outer), gradient_step(lambda x: run_group(group, x, rotary=Rotary(cosine, sine, heads + key_heads)), x, wide_outer),
-             lora_operations(tokens, [(hidden, outputs)]), 2 * item * tokens * (hidden + outputs)),
-        Case("gate, up, SwiGLU, down", gradient_step(old.mlp, x, outer), gradient_step(mlp, x, outer),
-             lora_operations(tokens, [(hidden, inner)] * 2 + [(inner, hidden)]), 2 * item * tokens * (2 * hidden + 4 * inner)),
-        Case("attention of a padded batch", gradient_step(masked_attention, padded, padded_outer), gradient_step(packed_attention, padded.flatten(0, 1)[rows.tokens], outer[:, : heads * width].contiguous()),
-             6 * squares * heads * width, 2 * item * tokens * (outputs + heads * width)),
-        Case("RMSNorm", gradient_step(norm, x, outer), gradient_step(lambda x: FrozenRmsNorm.apply(x, norm.weight, 1e-6), x, outer), 0, 5 * item * tokens * hidden),
-        Case("LM head and loss", gradient_step(lambda x: F.cross_entropy((x @ head.t()).float(), targets, reduction="sum"), answers, one),
-             gradient_step(lambda x: AnswerLoss.apply(x, head, targets, 512)[0], answers, one), 4 * answers.shape[0] * hidden * vocabulary, 2 * item * answers.shape[0] * hidden),
-    ]
+    def mlp(self) -> Case:
+        from medibuddy.kernels.forward import FusedMlp
+        from medibuddy.kernels.group import ProjectionGroup
+
+        part = self.new.mlp
+        fused = FusedMlp(part, ProjectionGroup([part.gate_proj, part.up_proj]), ProjectionGroup([part.down_proj]))
+        operations = lora_operations(self.tokens, [(self.hidden, self.inner)] * 2 + [(self.inner, self.hidden)])
+        moved = 2 * self.item * self.tokens * (2 * self.hidden + 4 * self.inner)
+        return Case("gate, up, SwiGLU, down", gradient_step(self.old.mlp, self.x, self.outer), gradient_step(fused, self.x, self.outer), operations, moved)
+
+    def attention(self) -> Case:
+        from medibuddy.kernels.rows import attend_padded, attend_rows, pack_rows
+
+        batch, longest = len(self.lengths), max(self.lengths)
+        mask = (torch.arange(longest, device=self.device) < torch.tensor(self.lengths, device=self.device)[:, None]).long()
+        rows = pack_rows(mask, torch.where(mask.bool(), 1, -100))
+        allowed = mask.bool()[:, None, None, :] & torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
+        padded, padded_outer = self.make(batch, longest, self.outputs), self.make(batch, self.heads, longest, self.width)
+
+        def peft(x):
+            q, k, v = (part.transpose(1, 2) for part in x.unflatten(-1, (-1, self.width)).split([self.heads, self.key_heads, self.key_heads], dim=2))
+            k, v = (part.repeat_interleave(self.heads // self.key_heads, dim=1) for part in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+        def fused(x):
+            q, k, v = x.unflatten(-1, (-1, self.width)).split([self.heads, self.key_heads, self.key_heads], dim=1)
+            return (attend_rows if self.device == "cpu" else attend_padded)(q, k, v, rows, self.width**-0.5, 0.0, False)
+
+        packed = padded.flatten(0, 1)[rows.tokens]
+        operations = 6 * sum(length**2 for length in self.lengths) * self.heads * self.width
+        moved = 2 * self.item * self.tokens * (self.outputs + self.heads * self.width)
+        steps = gradient_step(peft, padded, padded_outer), gradient_step(fused, packed, self.make(self.tokens, self.heads * self.width))
+        return Case("attention of a padded batch", *steps, operations, moved)
+
+    def norm(self) -> Case:
+        from medibuddy.kernels.forward import FrozenRmsNorm
+
+        norm = self.old.input_layernorm.requires_grad_(False)
+        steps = gradient_step(norm, self.x, self.outer), gradient_step(lambda x: FrozenRmsNorm.apply(x, norm.weight, 1e-6), self.x, self.outer)
+        return Case("RMSNorm", *steps, 0, 5 * self.item * self.tokens * self.hidden)
+
+    def loss(self) -> Case:
+        from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE, _chunked_cross_entropy_loss
+
+        from medibuddy.kernels.loss import answer_loss
+
+        head, answers, one = self.make(self.vocabulary, self.hidden) * self.hidden**-0.5, self.x[: self.tokens // 4], torch.ones((), device=self.device)
+        targets = torch.randint(0, self.vocabulary, (answers.shape[0],), device=self.device)
+        old = gradient_step(lambda x: _chunked_cross_entropy_loss(x, head, _CHUNKED_LM_HEAD_CHUNK_SIZE, shift_labels=targets)[0], answers, one)
+        new = gradient_step(lambda x: answer_loss(x, head, targets).loss, answers, one)
+        return Case("LM head and loss (TRL's chunked)", old, new, 4 * answers.shape[0] * self.hidden * self.vocabulary, 2 * self.item * answers.shape[0] * self.hidden)
 
 
 def main() -> int:
@@ -176,7 +199,8 @@ def main() -> int:
     for size in options.size:
         found = []
         print(f"\n{size}\n\n| operation, forward and backward | PEFT ms | fused ms | faster | of the product ceiling | floor ms |\n|---|---|---|---|---|---|")
-        for case in cases(size, device, dtype):
+        bench = Bench(size, device, dtype)
+        for case in (bench.query_key_value(), bench.mlp(), bench.attention(), bench.norm(), bench.loss()):
             case.peft(), case.fused()
             pairs = [(seconds_of(case.peft, device), seconds_of(case.fused, device)) for _ in range(options.repeats)]
             old, new = (statistics.median(side) for side in zip(*pairs))

@@ -54,7 +54,7 @@ LLAMA_30M = dict(
 )
 WORKLOADS = {
     "tiny": Workload(16, 25, 2e-3, None, None),
-    "30m": Workload(8, 9, 5e-4, LLAMA_30M, (128, 380, 512)),
+    "30m": Workload(8, 8, 5e-4, LLAMA_30M, (128, 380, 512)),
     "qwen-0.5b": Workload(16, 33, 2e-4, QWEN_05B, (128, 420, 1024), "qwen2"),
     "deepseek-8b": Workload(8, 23, 2e-4, LLAMA_8B, (256, 600, 2048)),
 }
@@ -241,7 +241,7 @@ def measure(workload_name: str, backend_name: str, device: str) -> dict:
     memory = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "tokens_per_second": sum(tokens[WARM_UP:]) / seconds, "tokens": sum(tokens[WARM_UP:]), "seconds": seconds, "peak_memory_mb": memory, "joules": joules,
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "parameters": sum(p.numel() for p in model.parameters()), "report": report,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads(), "report": report,
     }
 
 
@@ -347,13 +347,14 @@ def run_workload(name: str, names: list[str], repeats: int, device: str, results
             if "error" in shown:
                 print(shown["error"], flush=True)
     summary = summarise(results)
-    print(f"\n{name} on {device}, load at the start {load:.2f}\n\n{table(summary)}\n", flush=True)
+    threads = next((repeat["threads"] for repeats in results.values() for repeat in repeats if "threads" in repeat), None)
+    print(f"\n{name} on {device}, {threads} threads, load at the start {load:.2f}\n\n{table(summary)}\n", flush=True)
     stem = results_dir / f"train_speed-{name}-{device}"
     backends = {backend: asdict(BACKENDS[backend]) for backend in names}
     write_json(
         stem.with_suffix(".json"),
         {"workload": name, "settings": asdict(WORKLOADS[name]), "lora": {"r": 16, "alpha": 32, "targets": TARGETS}, "warm_up_steps": WARM_UP, "device": device,
-         "load_at_start": load, "environment": describe_environment(), "backends": backends, "summary": summary, "repeats": results},
+         "threads": threads, "load_at_start": load, "environment": describe_environment(), "backends": backends, "summary": summary, "repeats": results},
     )
     plot(summary, f"LoRA training, {name} on {device}", stem.with_suffix(".png"))
 

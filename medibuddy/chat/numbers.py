@@ -35,7 +35,7 @@ def age_meaning(
         return "INFANTAGE"
     return "CHILDAGE" if value * days < 16 * 365 else None
 
-
+# %% ../../nbs/api/52a_numbers.ipynb #4484678b
 def reading_meaning(
     value: float,
     before: list[str],  # up to five words before the number, nearest last
@@ -76,7 +76,7 @@ def temperature_meaning(
         return None
     return "FEVER40" if value >= 40 else "FEVER" if value >= 37.95 else "LOWTEMP" if value <= 35.5 else "NORMALTEMP"
 
-
+# %% ../../nbs/api/52a_numbers.ipynb #7a625e4a
 def number_meaning(
     words: list[str],
     at: int,  # which word is the number

@@ -92,7 +92,7 @@ def distance(
         rows.append(row)
     return rows[-1][-1]
 
-
+# %% ../../nbs/api/52_red_flags.ipynb #3b1adc78
 class Speller:
     "Mends misspellings of key terms"
 
@@ -220,7 +220,7 @@ def read_flag(
     flag = Flag(entry["name"], entry["source"], entry.get("advice", "emergency"), entry.get("extra", ""), entry.get("ask_model", True), "prevention" in entry.get("guards", []), tuple(recipes))
     return flag, [when for when in entry["when"] if " + " not in when and when not in rules["signs"]]
 
-
+# %% ../../nbs/api/52_red_flags.ipynb #1a559470
 @lru_cache(maxsize=1)
 def load_rules() -> Rules:
     "Read and compile `red_flags.yaml` once, on first use"
@@ -291,7 +291,7 @@ def read_numbers(
             words[at] = meaning or word
     return sentence
 
-
+# %% ../../nbs/api/52_red_flags.ipynb #7370dd9d
 def possible_patterns(
     present: frozenset[str],  # words of a sentence that patterns know
     rules: Rules,

@@ -175,7 +175,7 @@ class RedFlag:
     advice: str  # what is said first
     source: str  # the guidance that the rule follows
 
-
+# %% ../../nbs/api/51_safety.ipynb #56c2ffeb
 class Reader:
     "Collects signs and flags sentence by sentence"
 
@@ -228,7 +228,7 @@ class Reader:
                 places = [self.signs[sign] for sign in recipe]
                 self.spans[flag.name] = (min(start for _, start, _ in places), max(end for _, _, end in places))
 
-
+# %% ../../nbs/api/51_safety.ipynb #4ec43055
 def advise(
     flags: list[Flag],  # flags that share one advice text
     rules: Rules,

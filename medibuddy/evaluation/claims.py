@@ -48,7 +48,7 @@ def check_claim(
     scale = 100 * 10**decimals
     below = min(units * n // scale, n)
     counts = [k for k in (below, below + 1) if k <= n]
-    # |k / n - units / scale| is at most half a unit, with everything multiplied by 2 * n * scale
+    # abs(k / n - units / scale) is at most half a unit, with everything multiplied by 2 * n * scale
     possible = any(abs(2 * k * scale - 2 * units * n) <= n for k in counts)
     text = str(percentage).strip().removesuffix("%").strip()
     return ClaimCheck(text, n, possible, tuple(f"{100 * k / n:.{decimals}f} ({k} of {n})" for k in counts))

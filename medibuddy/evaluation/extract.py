@@ -180,7 +180,7 @@ def whole_claim(
         return Claim(as_label(value[0], spelled.labels), value.start(), value.end(), "stated", "whole answer")
     return None
 
-
+# %% ../../nbs/api/41_extract.ipynb #c3f54e43
 def first_word_claim(
     text: str,  # blanked text, ending where the answer ends
     here: int,  # first character of the answer

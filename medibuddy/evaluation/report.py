@@ -187,7 +187,7 @@ def majority_line(
     majority = facts["metrics"].get("base", {}).get("majority_class")
     return f"Always answering “{majority['label']}” would score {percent(majority['accuracy'])} accuracy and {percent(majority['macro_f1'])} macro-F1 on these questions." if majority else ""
 
-
+# %% ../../nbs/api/45_report.ipynb #c9a68091
 def warnings(
     facts: dict,  # as `report.collect` gives them
 ) -> list[str]:
@@ -216,7 +216,7 @@ def leak_line(
         return "Leaks between training and test rows: not recorded."
     return "No training row stands in the test set, exactly or nearly." if leaks == 0 else f"{thousands(leaks)} rows stood in training and test data and were removed from the training rows."
 
-
+# %% ../../nbs/api/45_report.ipynb #566dc4d3
 def view(
     facts: dict,  # as `collect` gives them
 ) -> dict:  # what the templates print

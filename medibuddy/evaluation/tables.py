@@ -59,7 +59,7 @@ def bare_p(
     "Spell a p-value without its name"
     return spell_p(p).removeprefix("p ").removeprefix("= ").replace(" ", SPACE)
 
-
+# %% ../../nbs/api/44a_tables.ipynb #82f11cbe
 def duration(
     seconds: float | None,  # a time; None where it was not recorded
 ) -> str:  # "8.3 s", "2 min 05 s" or "1 h 02 min"
@@ -124,7 +124,7 @@ def source_table(
             rows.append([name, str(text["n"]), *(f"F1{SPACE}{percent(text[side])}" for side in ("base_token_f1", "tuned_token_f1")), signed_points(text["difference"], text["difference_ci"]), "–", bare_p(text["p"]), text["verdict"]])
     return table("Sources of test questions, reported apart. A source with gradable decisions is compared by accuracy (exact McNemar, Holm-adjusted), any other by token F1 (sign-flip test).", ["Source", "n", "Base", "Tuned", "Difference", "Gained / lost", "p", "Verdict"], rows)
 
-
+# %% ../../nbs/api/44a_tables.ipynb #270cf154
 def class_table(
     facts: dict,  # as `report.collect` gives them
 ) -> dict | None:
@@ -198,7 +198,7 @@ def cost_table(
         rows.append(["all", duration(total), "", "", ""])
     return table("What the run cost. Memory is the peak of the process up to the end of the stage.", ["Stage", "Time", "Peak memory", "Tokens", "Tokens/s"], rows)
 
-
+# %% ../../nbs/api/44a_tables.ipynb #93015469
 def environment_table(
     facts: dict,  # as `report.collect` gives them
 ) -> dict | None:

@@ -85,7 +85,7 @@ def listed(
         return not RULED_OUT.match(rest)  # "A; B and C are wrong"
     return not re.match(r"[ \-]{1,2}(?!(?:for|in|if|or|when|among|otherwise|are|is|both)\b)[a-z]", rest, re.IGNORECASE)  # "yes, no doubt" lists nothing
 
-
+# %% ../../nbs/api/40a_wording.ipynb #5ce7a9ac
 def rivalled(
     tail: str,  # what follows the value
     label: str,  # the value
@@ -131,7 +131,7 @@ def standing(
         return "prose"
     return "stated" if GOES_ON.match(word[1]) else "prose"
 
-
+# %% ../../nbs/api/40a_wording.ipynb #adb50cec
 def letter_standing(
     label: str,  # the letter as written
     closing: str,  # brackets and quotes that close it

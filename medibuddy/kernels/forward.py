@@ -176,7 +176,7 @@ def half_angles(
     halves = [part[..., : part.shape[-1] // 2].expand(batch, -1, -1).flatten(0, 1).to(dtype) for part in position_embeddings]
     return halves[0], halves[1]
 
-
+# %% ../../nbs/api/27_forward.ipynb #ca9178d1
 def attend_batch(
     module: nn.Module,  # the attention, as Transformers' attention functions want it
     query: torch.Tensor,  # [tokens, heads, head size]

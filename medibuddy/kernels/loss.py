@@ -31,9 +31,9 @@ def chunk_loss(
         sums += triton_ops.cross_entropy_(logits, targets)
         return torch.mm(logits, weight)
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    correct = (logits.argmax(dim=-1) == targets).sum()
     log_probabilities = torch.log_softmax(logits, dim=-1)
     picked = log_probabilities.gather(1, targets.unsqueeze(1))
+    correct = (picked == log_probabilities.amax(dim=-1, keepdim=True)).sum()  # argmax is several times slower on a CPU
     probabilities = torch.exp(log_probabilities, out=logits)
     entropy = -log_probabilities.mul_(probabilities).sum()
     sums += torch.stack([-picked.sum(), correct.to(picked.dtype), entropy])

@@ -332,9 +332,9 @@ def differ(left, right):
     return left not in right and right not in left
 
 
-def make_reading(rng, entity, slot, decision, pool, wording="train"):
-    """A passage about one or two entities, so that reading it gives the wanted decision."""
-    partner = partner_for(rng, entity, pool) if rng.random() < 0.7 else None
+def make_reading(rng, entity, slot, decision, pool, wording="train", partners=0.7):
+    """A passage about one or (in a share `partners` of cases) two entities, so that reading it gives the wanted decision."""
+    partner = partner_for(rng, entity, pool) if rng.random() < partners else None
     others = [name for name in entity.slots if name != slot]
     own = rng.sample(others, (1 if partner else 2) + (decision == "maybe"))
     partner_states = bool(partner) and rng.random() < 0.8 and differ(partner.slots[slot], entity.slots[slot])
@@ -530,12 +530,12 @@ def claim_sentence(rng, entity, slot, value, source, reader):
     return fill(rng.choice(CLAIMS), n=name, w=value, p=source, q=reader, is_w="are" if plural(value) else "is")
 
 
-def reading_document(rng, pool):
+def reading_document(rng, pool, partners):
     """A passage, then what others claim about it, each compared with the passage."""
     entity = rng.choice(pool)
     slot = rng.choice(list(entity.slots))
     decision = rng.choice(("yes", "no", "maybe"))
-    reading = make_reading(rng, entity, slot, decision, pool, wording="wide")
+    reading = make_reading(rng, entity, slot, decision, pool, "wide", partners)
     lines = [f"{label}: {text}" if rng.random() < 0.9 else text for label, text in reading.sections]
     passage = "\n".join(lines) if rng.random() < 0.75 else " ".join(text for _, text in reading.sections)
     claims = [(entity, slot, decision, reading.value)] + [claim_about(rng, reading, pool) for _ in range(rng.choice((1, 2, 2, 3)))]
@@ -662,9 +662,10 @@ def general_document(rng):
 
 KINDS = ("reading", "trait", "textbook", "case", "drill", "pairs", "general")
 EARLY, LATER = (6, 3, 3, 3, 15, 70, 0), (60, 7, 5, 9, 5, 12, 2)  # the first documents are mostly short pairs to compare and lists to copy
+LAST = (80, 4, 5, 4, 2, 3, 2)  # and the last are mostly readings
 
 
-def corpus(seed, folder=".", facts_seed=42, early=6500):
+def corpus(seed, folder=".", facts_seed=42, early=6500, later=LATER, partners=0.7):
     """An endless stream of pre-training documents; only facts of the training partition are in it."""
     rng = random.Random(f"{seed}-corpus")
     entities = load_facts(folder, facts_seed)
@@ -679,15 +680,15 @@ def corpus(seed, folder=".", facts_seed=42, early=6500):
         invented = [entity for entity in invented if entity.name.lower() not in names]
         for _ in range(40):
             pool = invented if rng.random() < 0.8 else train
-            kind = rng.choices(KINDS, EARLY if count < early else LATER)[0]
-            yield make_document(rng, kind, pool, train, words, pieces, 0.5 if count < early else 0.2)
+            kind = rng.choices(KINDS, EARLY if count < early else later)[0]
+            yield make_document(rng, kind, pool, train, words, pieces, 0.5 if count < early else 0.2, partners)
             count += 1
 
 
-def make_document(rng, kind, pool, train, words, pieces, easy):
+def make_document(rng, kind, pool, train, words, pieces, easy, partners):
     """One document of a kind."""
     if kind == "reading":
-        return reading_document(rng, pool)
+        return reading_document(rng, pool, partners)
     if kind == "textbook":
         return textbook_document(rng, rng.choice(train))
     if kind == "case":
