@@ -146,7 +146,7 @@ def _jsonl_rows(
     "The rows of a JSON Lines file, blank lines skipped"
     for number, line in enumerate(text_lines(path), start=1):
         if line.strip():
-            yield f"line {number}", _parse_json(line, path, first_line=number)
+            yield f"line {number}", _parse_json(line.rstrip(), path, first_line=number)
 
 # %% ../../nbs/api/10a_files.ipynb #846d8a19
 def _is_json_lines(
