@@ -67,7 +67,7 @@ def pytest() -> tuple[int, int, int, str]:
     "Run pytest and count from its own record"
     with TemporaryDirectory() as folder:
         record = Path(folder) / "pytest.xml"
-        ok, output = run(sys.executable, "-m", "pytest", "-q", "--durations=10", f"--junitxml={record}", "tests")
+        ok, output = run(sys.executable, "-m", "pytest", "-q", "--numprocesses", WORKERS, "--dist", "loadfile", "--durations=10", f"--junitxml={record}", "tests")
         if not record.exists():
             return 0, 1, 0, output
         suite = ET.parse(record).getroot().find("testsuite")

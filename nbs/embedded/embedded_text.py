@@ -20,10 +20,8 @@ WORDING = {
         "np": ["the first test for {e}", "the usual first test in {e}", "the first investigation for {e}", "the test done first in {e}",
                "the usual first investigation in {e}", "the test to start with in {e}"],
         "np_new": ["the initial test for {e}", "the opening investigation in {e}", "the test that comes before others in {e}"],
-        "say": ["The first test for {e} is {v}.", "In {e}, the usual first test is {v}.", "{V} {is} the first test for {e}.",
-                "Doctors start with {v} when they suspect {e}.", "The work-up of {e} starts with {v}.", "When {e} is suspected, {v} {is} done first.",
-                "The first investigation in {e} is {v}.", "For {e}, clinics ask for {v} first.", "The usual first investigation for {e} is {v}.",
-                "A doctor who thinks of {e} asks for {v} first."],
+        "say": ["The first test for {e} is {v}.", "In {e}, the usual first test is {v}.", "The first investigation in {e} is {v}.",
+                "The work-up of {e} starts with {v}.", "The usual first investigation for {e} is {v}.", "The test done first in {e} is {v}."],
         "say_new": ["The initial test in {e} is {v}.", "Testing for {e} opens with {v}.", "{V} {is} requested before other tests in {e}.",
                     "Suspected {e} is looked into with {v} at the outset."],
         "ask": ["Does the work-up of {e} start with {v}?", "Should doctors ask for {v} first in {e}?", "When {e} is suspected, {is} {v} done first?",
@@ -34,10 +32,8 @@ WORDING = {
         "np": ["the first treatment for {e}", "the usual first treatment of {e}", "the treatment given first in {e}", "the usual treatment for {e}",
                "the first choice of treatment in {e}", "the treatment to start with in {e}"],
         "np_new": ["the initial remedy for {e}", "the preferred therapy in {e}", "the therapy that patients with {e} receive at the outset"],
-        "say": ["The first treatment for {e} is {v}.", "In {e}, treatment starts with {v}.", "{V} {is} the usual first treatment of {e}.",
-                "{E} is usually treated with {v}.", "For {e}, the usual treatment is {v}.", "People with {e} are given {v} first.",
-                "The first choice of treatment in {e} is {v}.", "Doctors treat {e} with {v}.", "Treatment of {e} starts with {v}.",
-                "The treatment given first in {e} is {v}."],
+        "say": ["The first treatment for {e} is {v}.", "In {e}, treatment starts with {v}.", "For {e}, the usual treatment is {v}.",
+                "The first choice of treatment in {e} is {v}.", "Treatment of {e} starts with {v}.", "The treatment given first in {e} is {v}."],
         "say_new": ["The preferred therapy for {e} is {v}.", "Patients with {e} receive {v} at the outset.", "{V} {is} the initial remedy in {e}.",
                     "Therapy of {e} opens with {v}."],
         "ask": ["Does treatment of {e} start with {v}?", "Are people with {e} given {v} first?", "Is {e} usually treated with {v}?",
@@ -48,9 +44,8 @@ WORDING = {
         "np": ["the red flag in {e}", "the warning sign in {e}", "the sign that needs urgent care in {e}", "the danger sign in {e}",
                "the red flag to watch for in {e}", "the urgent sign in {e}"],
         "np_new": ["the alarm sign in {e}", "the feature of {e} that should bring someone back at once", "the worrying change in {e}"],
-        "say": ["The red flag in {e} is {v}.", "The warning sign in {e} is {v}.", "In {e}, {v} {means} urgent care.", "People with {e} should watch for {v}.",
-                "The sign that needs urgent care in {e} is {v}.", "{V} {is} the danger sign in {e}.", "With {e}, {v} {calls} for help the same day.",
-                "The red flag to watch for in {e} is {v}.", "The urgent sign in {e} is {v}.", "Anyone with {e} and {v} needs urgent care."],
+        "say": ["The red flag in {e} is {v}.", "The warning sign in {e} is {v}.", "The sign that needs urgent care in {e} is {v}.",
+                "The red flag to watch for in {e} is {v}.", "The urgent sign in {e} is {v}.", "In {e}, the danger sign is {v}."],
         "say_new": ["The alarm sign in {e} is {v}.", "{V} should bring someone with {e} back at once.", "The worrying change in {e} is {v}.",
                     "Patients with {e} are told to return immediately for {v}."],
         "ask": ["Should people with {e} watch for {v}?", "In {e}, {does} {v} mean urgent care?", "Does anyone with {e} and {v} need urgent care?",
@@ -62,8 +57,8 @@ WORDING = {
         "np": ["the specialty for {e}", "the specialty that looks after {e}", "the usual specialty in {e}", "the field that deals with {e}",
                "the specialty that treats {e}"],
         "np_new": ["the department responsible for {e}", "the branch of medicine that covers {e}", "the service that manages {e}"],
-        "say": ["The specialty for {e} is {v}.", "{E} is looked after by {v}.", "People with {e} are seen by {v}.", "{V} is the specialty that looks after {e}.",
-                "{E} belongs to {v}.", "The field that deals with {e} is {v}.", "The usual specialty in {e} is {v}.", "{V} looks after {e}."],
+        "say": ["The specialty for {e} is {v}.", "The field that deals with {e} is {v}.", "The usual specialty in {e} is {v}.",
+                "The specialty that looks after {e} is {v}.", "In {e}, the specialty is {v}."],
         "say_new": ["The department responsible for {e} is {v}.", "{E} is managed by {v}.", "{E} is covered by {v}.",
                     "Referrals for {e} are sent to {v}."],
         "ask": ["Is {e} looked after by {v}?", "Are people with {e} seen by {v}?", "Does {e} belong to {v}?", "Does {v} look after {e}?"],
@@ -72,8 +67,8 @@ WORDING = {
     "drug_class": {
         "np": ["the class of {e}", "the drug class of {e}", "the group of {e}", "the class that {e} belongs to", "the drug group of {e}"],
         "np_new": ["the family of {e}", "the category that {e} falls into", "the kind of medicine that {e} is"],
-        "say": ["{E} is {a} {v}.", "The class of {e} is {v}.", "The drug class of {e} is {v}.", "{E} is classed as {a} {v}.",
-                "{E} belongs to the class {v}.", "The group of {e} is {v}.", "Doctors know {e} as {a} {v}.", "By class, {e} is {a} {v}."],
+        "say": ["The class of {e} is {v}.", "The drug class of {e} is {v}.", "{E} belongs to the class {v}.", "The group of {e} is {v}.",
+                "By class, {e} is {a} {v}."],
         "say_new": ["The family of {e} is {v}.", "{E} falls into the category {v}.", "The kind of medicine that {e} is: {v}.",
                     "Pharmacists sort {e} under {v}."],
         "ask": ["Is {e} {a} {v}?", "Is {e} classed as {a} {v}?", "Does {e} belong to the class {v}?", "By class, is {e} {a} {v}?"],
@@ -82,8 +77,8 @@ WORDING = {
     "use": {
         "np": ["the main use of {e}", "the usual use of {e}", "the main reason to give {e}", "the main reason for {e}", "the use of {e}"],
         "np_new": ["the chief purpose of {e}", "the leading indication for {e}", "the problem that {e} is prescribed against"],
-        "say": ["The main use of {e} is {v}.", "{E} is mainly used for {v}.", "Doctors give {e} mainly for {v}.", "The usual use of {e} is {v}.",
-                "People take {e} mainly for {v}.", "The main reason to give {e} is {v}.", "{E} is mostly given for {v}.", "The use of {e} is {v}."],
+        "say": ["The main use of {e} is {v}.", "{E} is mainly used for {v}.", "The usual use of {e} is {v}.", "The main reason to give {e} is {v}.",
+                "The use of {e} is {v}."],
         "say_new": ["The chief purpose of {e} is {v}.", "The leading indication for {e} is {v}.", "{E} is prescribed above all against {v}.",
                     "{V} {is} what {e} is prescribed against."],
         "ask": ["Is {e} mainly used for {v}?", "Do doctors give {e} mainly for {v}?", "Do people take {e} mainly for {v}?", "Is {e} mostly given for {v}?"],
@@ -94,8 +89,7 @@ WORDING = {
                "the side effect listed for {e}", "the usual side effect of {e}"],
         "np_new": ["the unwanted effect reported with {e}", "the adverse effect tied to {e}", "the complaint that {e} tends to bring"],
         "say": ["The side effect to expect with {e} is {v}.", "A well-known side effect of {e} is {v}.", "The side effect named for {e} is {v}.",
-                "{E} can cause {v}.", "People who take {e} may notice {v}.", "The side effect listed for {e} is {v}.", "With {e}, {v} may follow.",
-                "The usual side effect of {e} is {v}."],
+                "The side effect listed for {e} is {v}.", "The usual side effect of {e} is {v}."],
         "say_new": ["The unwanted effect reported with {e} is {v}.", "{E} tends to bring {v}.", "{V} {is} the adverse effect tied to {e}.",
                     "Patients on {e} complain of {v}."],
         "ask": ["Does the passage say that {e} can cause {v}?", "Does the passage warn of {v} with {e}?", "According to the passage, may people who take {e} notice {v}?",
@@ -106,8 +100,7 @@ WORDING = {
         "np": ["the main caution with {e}", "the caution for {e}", "the caution listed for {e}", "the main reason for care with {e}", "the main warning for {e}"],
         "np_new": ["the chief contraindication to {e}", "the situation in which {e} is best avoided", "the setting that argues against {e}"],
         "say": ["The main caution with {e} is {v}.", "The caution listed for {e} is {v}.", "The main reason for care with {e} is {v}.",
-                "Before {e} is started, doctors ask about {v}.", "The main warning for {e} is {v}.", "{E} carries a caution about {v}.",
-                "Care is needed when {e} meets {v}.", "The caution for {e} is {v}."],
+                "The main warning for {e} is {v}.", "The caution for {e} is {v}."],
         "say_new": ["The chief contraindication to {e} is {v}.", "{V} {is} the setting that argues against {e}.", "{E} is best avoided in {v}.",
                     "Prescribers hesitate over {e} because of {v}."],
         "ask": ["Does {e} carry a caution about {v}?", "Do doctors ask about {v} before {e} is started?", "Does the passage say that care is needed when {e} meets {v}?",
@@ -119,9 +112,8 @@ WORDING = {
         "np": ["the check made during {e} treatment", "the check needed with {e}", "the usual check with {e}", "the thing to monitor with {e}",
                "the check for people on {e}"],
         "np_new": ["the measurement to follow while on {e}", "the item reviewed at visits for {e}", "the follow-up that {e} requires"],
-        "say": ["The check made during {e} treatment is {v}.", "The usual check with {e} is {v}.", "During {e} treatment, doctors check {v}.",
-                "People on {e} have a check of {v}.", "The thing to monitor with {e} is {v}.", "The check needed with {e} is {v}.",
-                "With {e}, doctors monitor {v}.", "The check for people on {e} is {v}."],
+        "say": ["The check made during {e} treatment is {v}.", "The usual check with {e} is {v}.", "The thing to monitor with {e} is {v}.",
+                "The check needed with {e} is {v}.", "The check for people on {e} is {v}."],
         "say_new": ["The measurement to follow while on {e} is {v}.", "The follow-up that {e} requires is {v}.", "Visits for {e} include a review of {v}.",
                     "Clinics keep an eye on {v} while {e} is taken."],
         "ask": ["During {e} treatment, do doctors check {v}?", "Do people on {e} have a check of {v}?", "Do doctors monitor {v} with {e}?",
@@ -136,7 +128,7 @@ FRAMES = ["{Is} {v} {n}?", "Is {n} {v}?", "Does the passage name {v} as {n}?", "
           "Is it right that {n} is {v}?", "From this text, {is} {v} {n}?", "Do the authors name {v} as {n}?", "Is {n}, as described here, {v}?"]
 FRAMES_NEW = ["Is it fair to call {v} {n}?", "Do these notes describe {v} as {n}?", "Judging from the extract, would {n} be {v}?",
               "Does this summary point to {v} as {n}?", "{Was} {v} put forward as {n}?", "Is {n} reported to be {v}?", "Do we learn that {n} is {v}?"]
-CONTRAST = ["{N} is {v} rather than {w}.", "{N} is {v}, not {w}.", "{V}, not {w}, {is} {n}."]
+CONTRAST = ["{N} is {v} rather than {w}.", "{N} is {v}, not {w}.", "{N} is {v} and not {w}."]
 CONTRAST_NEW = ["{N} is {v} instead of {w}.", "It is {v}, as opposed to {w}, that we call {n}."]
 SILENT = ["{N} is not stated.", "Nothing is said about {n}.", "The authors leave {n} open.", "{N} is not given here.", "{N} was not recorded."]
 SILENT_NEW = ["The extract is silent about {n}.", "No mention is made of {n}.", "{N} goes unmentioned."]
@@ -251,7 +243,7 @@ def phrases(slot, what, wording):
     """The names ("np"), sentences ("say") or questions ("ask") of a slot: "train", held out ("new") or pre-training ("wide")."""
     if wording == "new":
         return WORDING[slot][f"{what}_new"]
-    return WORDING[slot][what] + (WIDER[slot][what] if wording == "wide" else [])
+    return WORDING[slot][what] * 2 + WIDER[slot][what] if wording == "wide" else WORDING[slot][what]
 
 
 def name_slot(rng, entity, slot, wording="train"):
@@ -395,31 +387,40 @@ def lay_out(rng, entity, partner, sentences, extra, wording):
 # Further names and sentences, used in the pre-training text only. They carry words of the held-out wording in other constructions.
 WIDER = {
     "investigation": {"np": ["the initial step in the work-up of {e}", "the opening test when {e} is possible", "what is ordered first for {e}", "the investigation that leads in {e}"],
-                      "say": ["Initially, {e} calls for {v}.", "The initial step in the work-up of {e} is {v}.", "Clinics that look into {e} order {v} first.",
+                      "say": ["{V} {is} the first test for {e}.", "Doctors start with {v} when they suspect {e}.", "When {e} is suspected, {v} {is} done first.", "For {e}, clinics ask for {v} first.", "A doctor who thinks of {e} asks for {v} first.",
+                     "Initially, {e} calls for {v}.", "The initial step in the work-up of {e} is {v}.", "Clinics that look into {e} order {v} first.",
                               "At the outset, {v} {is} requested for {e}.", "The diagnosis of {e} begins with {v}."]},
     "treatment": {"np": ["the therapy for {e}", "the initial therapy in {e}", "the remedy given in {e}", "what is offered first for {e}"],
-                  "say": ["Therapy for {e} begins with {v}.", "The initial treatment of {e} is {v}.", "Someone with {e} is offered {v} first.",
+                  "say": ["{V} {is} the usual first treatment of {e}.", "{E} is usually treated with {v}.", "People with {e} are given {v} first.", "Doctors treat {e} with {v}.",
+                     "Therapy for {e} begins with {v}.", "The initial treatment of {e} is {v}.", "Someone with {e} is offered {v} first.",
                           "The remedy preferred in {e} is {v}.", "At the outset of {e}, patients receive {v}."]},
     "red_flag": {"np": ["the alarm feature in {e}", "the sign for which people with {e} return at once", "the worrying sign of {e}", "what raises the alarm in {e}"],
-                 "say": ["In {e}, the alarm is raised by {v}.", "People with {e} should return at once for {v}.", "A worrying sign of {e} is {v}.",
+                 "say": ["In {e}, {v} {means} urgent care.", "People with {e} should watch for {v}.", "{V} {is} the danger sign in {e}.", "With {e}, {v} {calls} for help the same day.", "Anyone with {e} and {v} needs urgent care.",
+                     "In {e}, the alarm is raised by {v}.", "People with {e} should return at once for {v}.", "A worrying sign of {e} is {v}.",
                          "{V} in {e} should bring immediate help.", "Someone with {e} comes back immediately with {v}."]},
     "specialty": {"np": ["the department for {e}", "the branch that manages {e}", "the service for {e}", "the department to which {e} is sent"],
-                  "say": ["The department for {e} is {v}.", "Patients with {e} are sent to {v}.", "The branch of medicine for {e} is {v}.", "{V} manages {e}.",
+                  "say": ["{E} is looked after by {v}.", "People with {e} are seen by {v}.", "{V} is the specialty that looks after {e}.", "{E} belongs to {v}.", "{V} looks after {e}.",
+                     "The department for {e} is {v}.", "Patients with {e} are sent to {v}.", "The branch of medicine for {e} is {v}.", "{V} manages {e}.",
                           "The service responsible in {e} is {v}."]},
     "drug_class": {"np": ["the family that {e} comes from", "the kind of drug that {e} is", "the category of {e}", "how {e} is sorted"],
-                   "say": ["{E} comes from the family {v}.", "The category of {e} is {v}.", "In the pharmacy, {e} is sorted under {v}.", "{E} counts as {a} {v}.",
+                   "say": ["{E} is {a} {v}.", "{E} is classed as {a} {v}.", "Doctors know {e} as {a} {v}.",
+                     "{E} comes from the family {v}.", "The category of {e} is {v}.", "In the pharmacy, {e} is sorted under {v}.", "{E} counts as {a} {v}.",
                            "{E} is {a} {v} by kind."]},
     "use": {"np": ["the purpose of {e}", "the indication for {e}", "what {e} is prescribed for", "the chief use of {e}"],
-            "say": ["The purpose of {e} is {v}.", "{E} is prescribed for {v}.", "The chief indication for {e} is {v}.", "{E} is taken against {v}.",
+            "say": ["Doctors give {e} mainly for {v}.", "People take {e} mainly for {v}.", "{E} is mostly given for {v}.",
+                     "The purpose of {e} is {v}.", "{E} is prescribed for {v}.", "The chief indication for {e} is {v}.", "{E} is taken against {v}.",
                     "Above all, {e} helps with {v}."]},
     "side_effect": {"np": ["the unwanted effect of {e}", "the adverse effect of {e}", "the complaint of people on {e}", "the effect that {e} may bring"],
-                    "say": ["{E} may bring {v}.", "An unwanted effect of {e} is {v}.", "{V} {is} reported by patients who take {e}.", "The adverse effect listed with {e} is {v}.",
+                    "say": ["{E} can cause {v}.", "People who take {e} may notice {v}.", "With {e}, {v} may follow.",
+                     "{E} may bring {v}.", "An unwanted effect of {e} is {v}.", "{V} {is} reported by patients who take {e}.", "The adverse effect listed with {e} is {v}.",
                             "The complaint that follows {e} is {v}."]},
     "caution": {"np": ["the contraindication to {e}", "the setting in which {e} is avoided", "the reason to hesitate over {e}", "the situation against {e}"],
-                "say": ["{E} is avoided in {v}.", "A contraindication to {e} is {v}.", "Doctors hesitate to prescribe {e} in {v}.", "{V} {is} the reason to avoid {e}.",
+                "say": ["Before {e} is started, doctors ask about {v}.", "{E} carries a caution about {v}.", "Care is needed when {e} meets {v}.",
+                     "{E} is avoided in {v}.", "A contraindication to {e} is {v}.", "Doctors hesitate to prescribe {e} in {v}.", "{V} {is} the reason to avoid {e}.",
                         "The setting that calls for caution with {e} is {v}."]},
     "monitoring": {"np": ["the measurement made while on {e}", "the follow-up of {e}", "the item to review with {e}", "what clinics watch with {e}"],
-                   "say": ["While {e} is taken, clinics review {v}.", "The follow-up of {e} is {v}.", "Visits of people on {e} are for {v}.", "Clinics measure {v} with {e}.",
+                   "say": ["During {e} treatment, doctors check {v}.", "People on {e} have a check of {v}.", "With {e}, doctors monitor {v}.",
+                     "While {e} is taken, clinics review {v}.", "The follow-up of {e} is {v}.", "Visits of people on {e} are for {v}.", "Clinics measure {v} with {e}.",
                            "The item to follow with {e} is {v}."]},
 }
 CLAIMS = ["The {q} says that {n} is {w}.", "The {q} names {w} as {n}.", "The {q} asks whether {n} is {w}.", "The {q} asks whether the {p} names {w} as {n}.",
@@ -538,7 +539,7 @@ def reading_document(rng, pool, partners):
     reading = make_reading(rng, entity, slot, decision, pool, "wide", partners)
     lines = [f"{label}: {text}" if rng.random() < 0.9 else text for label, text in reading.sections]
     passage = "\n".join(lines) if rng.random() < 0.75 else " ".join(text for _, text in reading.sections)
-    claims = [(entity, slot, decision, reading.value)] + [claim_about(rng, reading, pool) for _ in range(rng.choice((1, 2, 2, 3)))]
+    claims = [(entity, slot, decision, reading.value)] + [claim_about(rng, reading, pool) for _ in range(rng.choice((2, 3, 4)))]
     claims = [claim for claim in claims if claim]
     rng.shuffle(claims)
     source = rng.choice(SOURCES)
@@ -661,11 +662,10 @@ def general_document(rng):
 
 
 KINDS = ("reading", "trait", "textbook", "case", "drill", "pairs", "general")
-EARLY, LATER = (6, 3, 3, 3, 15, 70, 0), (60, 7, 5, 9, 5, 12, 2)  # the first documents are mostly short pairs to compare and lists to copy
-LAST = (80, 4, 5, 4, 2, 3, 2)  # and the last are mostly readings
+EARLY, LATER = (6, 3, 3, 3, 15, 70, 0), (71, 5, 4, 9, 4, 5, 2)  # the first documents are mostly short pairs to compare and lists to copy
 
 
-def corpus(seed, folder=".", facts_seed=42, early=6500, later=LATER, partners=0.7):
+def corpus(seed, folder=".", facts_seed=42, early=6500, partners=0.15):
     """An endless stream of pre-training documents; only facts of the training partition are in it."""
     rng = random.Random(f"{seed}-corpus")
     entities = load_facts(folder, facts_seed)
@@ -680,7 +680,7 @@ def corpus(seed, folder=".", facts_seed=42, early=6500, later=LATER, partners=0.
         invented = [entity for entity in invented if entity.name.lower() not in names]
         for _ in range(40):
             pool = invented if rng.random() < 0.8 else train
-            kind = rng.choices(KINDS, EARLY if count < early else later)[0]
+            kind = rng.choices(KINDS, EARLY if count < early else LATER)[0]
             yield make_document(rng, kind, pool, train, words, pieces, 0.5 if count < early else 0.2, partners)
             count += 1
 
