@@ -261,10 +261,11 @@ def _spoken_of(
     "Whether what follows a run is said of people only"
     if FOLLOWED.match(text, match.end()):
         return True
-    # a sentence starts with a capital whatever its first word is
-    starts = not text[:match.start()].rstrip(" \t\"'(") or text[:match.start()].rstrip(" \t\"'(")[-1] in ".!?\n:;"
+    if SAID.match(text, match.end()):  # a sentence starts with a capital whatever its first word is
+        before = text[max(0, match.start() - 8):match.start()].rstrip(" \t\"'(")
+        return bool(before) and before[-1] not in ".!?\n:;"
     first, *more = match.group().split()
-    return bool(not starts and SAID.match(text, match.end()) or more and first in ("Should", "Can", "Could", "May", "Will", "Does", "Is") and ASKED.match(text, match.end()))
+    return bool(more) and first in ("Should", "Can", "Could", "May", "Will", "Does", "Is") and ASKED.match(text, match.end()) is not None
 
 
 def _given_names(

@@ -57,8 +57,9 @@ def mix_sources(
     named = [{name for ids in (source.named or {}).values() for name in ids} for source in sources]
     keys = [str(number) for number in range(len(parts))]
     free = {key: [example for example in part if example.id not in names] for key, part, names in zip(keys, rows, named, strict=True)}
-    weights = {key: part.weight for key, part in zip(keys, parts, strict=True) if part.weight is not None}
-    caps = {key: part.cap for key, part in zip(keys, parts, strict=True) if part.cap is not None}
+    free = {key: examples for key, examples in free.items() if examples}  # nothing weighs nothing
+    weights = {key: part.weight for key, part in zip(keys, parts, strict=True) if part.weight is not None and key in free}
+    caps = {key: part.cap for key, part in zip(keys, parts, strict=True) if part.cap is not None and key in free}
     chosen = {example.id for example in mix(free, weights, caps)}
     kept, left_out = [], []
     for part, examples, names in zip(parts, rows, named, strict=True):
