@@ -62,7 +62,7 @@ def counts_figure(
     "Horizontal bars, a colour for each split"
     if not counts:
         return None
-    figure, (axis,) = new_figure(0.9 + 0.32 * len(counts))
+    figure, (axis,) = new_figure(1.2 + 0.32 * len(counts))
     left = [0] * len(counts)
     for number, name in enumerate(names, start=1):
         values = [line[number] for line in counts]
@@ -72,8 +72,8 @@ def counts_figure(
     axis.invert_yaxis()
     axis.set(xlabel=label)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if len(names) > 1:
-        axis.legend(frameon=False, fontsize=FONT["size"])
+    if len(names) > 1:  # above the bars, which reach anywhere
+        figure.legend(loc="outside upper center", ncols=len(names), frameon=False, fontsize=FONT["size"])
     return to_png(figure)
 
 
