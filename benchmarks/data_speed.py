@@ -5,6 +5,7 @@ python benchmarks/data_speed.py --rows 1121650     ten times the rows: memory sh
 python benchmarks/data_speed.py --leaks            with the near-duplicate search, which keeps the texts in memory: its price is shown apart
 python benchmarks/data_speed.py --compare          also the plain `datasets.map` way for the part both do (read, render, tokenise)
 
+Every row of the result says how busy the machine was (load average at the start; `--note` for words).
 Times are wall-clock seconds and, since a busy machine stretches those, processor seconds over all processes.
 """
 
@@ -162,18 +163,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=112_165)
     parser.add_argument("--leaks", action="store_true", help="search near-duplicates too")
+    parser.add_argument("--note", default="", help="what else the machine was doing, written into the result")
     parser.add_argument("--compare", action="store_true", help="run the plain datasets.map way too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         generate(folder / "rows.jsonl", options.rows)
-        before = processor_seconds()
+        before, load = processor_seconds(), os.getloadavg()
         with PeakMemory() as memory:
             facts = ours(folder / "rows.jsonl", folder, options.leaks)
         facts["processor_seconds"] = round(processor_seconds() - before, 1)
         facts["peak_memory_mb"] = round(memory.megabytes)
         facts["arrow_mb"] = round((folder / "rows.arrow").stat().st_size / 1e6)
-        result = {"environment": describe_environment(), "rows": options.rows, "medibuddy": facts}
+        facts["milliseconds_per_row"] = round(1000 * facts["seconds"] / options.rows, 3)
+        result = {"environment": describe_environment(), "rows": options.rows, "load_average_before": load, "note": options.note, "medibuddy": facts}
         if options.compare:
             before = processor_seconds()
             result["datasets_map"] = plain(folder / "rows.jsonl")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Problem', 'Verification', 'check_manifest', 'check_files', 'check_rows', 'check_answers', 'first_difference',
-           'count_numbers', 'check_scores', 'check_report', 'verify', 'is_json', 'check_chain', 'check_source',
-           'find_tokenizer']
+           'count_numbers', 'check_scores', 'check_card', 'check_report', 'verify', 'is_json', 'check_chain',
+           'check_source', 'find_tokenizer']
 
 # %% ../nbs/api/81_verification.ipynb #4a0ccb9f
 import json
@@ -154,6 +154,19 @@ def check_scores(
         if difference:
             yield Problem(name, f"does not follow from the answers: {difference}")
 
+# %% ../nbs/api/81_verification.ipynb #986798ec
+def check_card(
+    run: Run,
+) -> Iterator[Problem]:
+    "Write the README of the data folder again and compare it with the one on the disk"
+    from medibuddy.data.card import data_card
+
+    name = "data/README.md"
+    if name in run.manifest.get("files", {}):
+        rows = {split: [Example.from_dict(row) for row in read_jsonl(run.path / "data" / f"{split}.jsonl")] for split in ("train", "validation", "test")}
+        if (run.path / name).read_text(encoding="utf-8") != data_card(run.manifest["data"], rows):
+            yield Problem(name, "does not follow from the rows and the manifest of this run")
+
 # %% ../nbs/api/81_verification.ipynb #5b27b3a4
 def check_report(
     run: Run,
@@ -215,6 +228,7 @@ def check_chain(
         notes.append("the run was made by another version of medibuddy; its numbers are recomputed with this one")
     if "prepare" in stages:
         yield from check_rows(run)
+        yield from check_card(run)
         yield from check_source(run, recipe, notes)
     which = [w for w in ("base", "tuned") if f"generate-{w}" in stages]
     tokenizer = find_tokenizer(recipe, notes) if which else None
@@ -242,10 +256,10 @@ def check_source(
     from medibuddy.models.loaders import model_sha256
 
     try:
-        if source_sha256(recipe) != run.manifest["data"]["sha256"]:
-            notes.append(f"the source {recipe.data.path or recipe.data.source} has changed since this run read it; the run's own rows are intact")
+        if source_sha256(recipe, run.manifest["data"].get("digests", ())) != run.manifest["data"]["sha256"]:
+            notes.append(f"the source {recipe.data.path or run.manifest['data']['source']} has changed since this run read it; the run's own rows are intact")
     except UsageError:
-        notes.append(f"the source {recipe.data.path} is not here any more; the run's own rows are checked")
+        notes.append(f"the source {recipe.data.path or run.manifest['data']['source']} is not here any more; the run's own rows are checked")
     recorded = run.manifest.get("base_model", {}).get("sha256")
     try:
         if recorded and model_sha256(recipe.model.name) != recorded:

@@ -1,6 +1,7 @@
 """The chat contract for every supported template, and faults that must not pass it."""
 
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 from hypothesis import given, settings
@@ -8,9 +9,9 @@ from hypothesis import strategies as st
 from real_rows import real_path
 from tiny_tokenizers import FAMILIES, tiny_tokenizer
 
-from medibuddy.data.chat import EncodedChat, check_encoded, completion_text, cut_context, encode_all, encode_chat, encode_prompt, encode_prompts, render_prompt, user_text
+from medibuddy.data.chat import EncodedChat, check_encoded, completion_text, cut_context, encode_all, encode_chat, encode_prompt, encode_prompts, exchanges, render_prompt, user_text
 from medibuddy.data.cleaning import clean
-from medibuddy.data.example import Example
+from medibuddy.data.example import Example, Turn
 from medibuddy.data.sources import load_examples
 from medibuddy.data.template import ChatContractError, chat_frame
 from medibuddy.run import UsageError
@@ -19,6 +20,7 @@ GRADED = Example(id="g-1", context="RESULTS: It was safe.", question="Is it safe
 PLAIN = Example(id="p-1", question="What is gout?", answer="A disease of the joints.")
 CHOICE = Example(id="c-1", question="Which is it?", options=(("A", "gout"), ("B", "sepsis")), answer="It is gout.", decision="A")
 ROWS = [GRADED, replace(GRADED, id="g-2", reasoning=None), PLAIN, replace(PLAIN, id="p-2", reasoning="Joints.\n\nCrystals."), CHOICE]
+TALK = Example(id="t-1", question="My toe hurts.", reasoning="Ask first.", answer="Since when?", turns=(Turn("Since last night.", "It may be gout.", "Sudden, so crystals."), Turn("What helps?", "Rest and cold.")))
 families = pytest.mark.parametrize("family", FAMILIES)
 ENDS = {"deepseek": "<｜end▁of▁sentence｜>", "llama3": "<|eot_id|>", "llama3.1": "<|eot_id|>", "qwen2.5": "<|im_end|>", "base": "<|end_of_text|>", "gpt": "<|endoftext|>"}
 
@@ -179,6 +181,92 @@ def test_control_tokens_in_the_data(field, text):
     fails(lambda: encode_chat(row, tokenizer, 1000), "no control token in the text")
     encoded, dropped, _ = encode_all([PLAIN, row], tokenizer, 1000)
     assert [r.id for r in encoded] == ["p-1"] and [(r.id_or_row, r.reason, r.detail) for r in dropped] == [("g-1", "control token in the text", text)]
+
+
+# ---- conversations ----
+
+
+def spans(encoded):
+    "Runs of labels and of the tokens between them, as lists of ids"
+    return [(trained, [token for token, _ in run]) for trained, run in groupby(zip(encoded.input_ids, encoded.labels, strict=True), key=lambda pair: pair[1] != -100)]
+
+
+@families
+def test_every_answer_of_a_conversation_is_trained(family):
+    tokenizer = tiny_tokenizer(family)
+    encoded = encode_chat(TALK, tokenizer, 2000)
+    opened = chat_frame(tokenizer).thought_open
+    pairs, runs = exchanges(TALK, opened), spans(encoded)
+    assert [trained for trained, _ in runs] == [False, True] * 3
+    assert [tokenizer.decode(ids) for trained, ids in runs if trained] == [answer + ENDS[family] for _, answer in pairs]
+    assert all(said in tokenizer.decode(ids) for (said, _), ids in zip(pairs, [ids for trained, ids in runs if not trained], strict=True))
+    text = tokenizer.decode(encoded.input_ids)
+    assert text.count("<think>") == (3 if opened else 2) == text.count("</think>")
+    # the first prompt is the one that generation uses, and the row is what the training template renders
+    assert prompt_ids(EncodedChat(runs[0][1], [-100] * len(runs[0][1]))) == encode_prompt(TALK, tokenizer, 2000, 96).input_ids
+    opening = "<think>\n" if opened else ""
+    messages = [message for said, answer in pairs for message in ({"role": "user", "content": said}, {"role": "assistant", "content": opening + answer})]
+    assert tokenizer.apply_chat_template(messages, chat_template=chat_frame(tokenizer).training_template, tokenize=False).rstrip() == text
+
+
+def broken_talk(encoded, fault, tokenizer):
+    "Labels of a conversation as other pipelines make them"
+    ids, labels, runs = encoded.input_ids, encoded.labels, spans(encoded)
+    lengths = [len(run) for _, run in runs]
+    second, third = sum(lengths[:3]), sum(lengths[:5])  # where the later answers begin
+    hide = lambda start, end: EncodedChat(ids, labels[:start] + [-100] * (end - start) + labels[end:])
+    return {
+        "only the last answer trained": lambda: hide(0, third),
+        "only the first answer trained": lambda: hide(lengths[0] + lengths[1], len(ids)),
+        "a middle answer masked": lambda: hide(second, second + lengths[3]),
+        "the end of a middle answer masked": lambda: hide(second + lengths[3] - 1, second + lengths[3]),
+        "the start of a middle answer masked": lambda: hide(second, second + 1),
+        "a follow-up question trained": lambda: EncodedChat(ids, labels[:second - lengths[2]] + ids[second - lengths[2]:]),
+        "two answers exchanged": lambda: EncodedChat(*[part[:second] + part[third:] + part[second + lengths[3]:third] + part[second:second + lengths[3]] for part in (ids, labels)]),
+    }[fault]()
+
+
+TALK_CLAUSES = {
+    "only the last answer trained": "every answer is trained", "only the first answer trained": "the answer's end is a label", "a middle answer masked": "every answer is trained",
+    "the end of a middle answer masked": "the answer's end is a label", "the start of a middle answer masked": "every answer stands behind its question",
+    "a follow-up question trained": "every answer is trained", "two answers exchanged": "",
+}
+
+
+@families
+@pytest.mark.parametrize("fault", TALK_CLAUSES)
+def test_faulty_labels_of_a_conversation(family, fault):
+    tokenizer = tiny_tokenizer(family)
+    encoded = encode_chat(TALK, tokenizer, 2000)
+    check_encoded(encoded, TALK, tokenizer)
+    with pytest.raises(ChatContractError) as caught:
+        check_encoded(broken_talk(encoded, fault, tokenizer), TALK, tokenizer)
+    # a thought that is cut open is seen before the missing token is
+    assert caught.value.row == "t-1" and (TALK_CLAUSES[fault] in caught.value.clause or (fault.startswith("the start") and "thought" in caught.value.clause)), str(caught.value)
+
+
+def test_template_that_strips_thoughts_from_the_history():
+    tokenizer = tiny_tokenizer("qwen2.5")
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content + '<|im_end|>'", "(message.content if loop.last else message.content.split('</think>')[-1]) + '<|im_end|>'")
+    fails(lambda: encode_chat(TALK, tokenizer, 2000), "training text = prompt + completion", "t-1")
+    assert encode_chat(GRADED, tokenizer, 2000)  # single questions are not concerned
+
+
+@pytest.mark.parametrize("turn", [Turn("Is <think> it?", "It is so."), Turn("Is it?", "It </think> is."), Turn("Is it?", "It is.", "So <｜User｜> it is.")])
+def test_control_tokens_in_a_later_turn(turn):
+    fails(lambda: encode_chat(replace(TALK, turns=(turn,)), tiny_tokenizer("deepseek"), 2000), "no control token in the text", "t-1")
+
+
+turns = st.builds(Turn, question=st.text("ab c\n", min_size=1).map(lambda text: f"q{text}q"), answer=st.text("ab c\n", min_size=1).map(lambda text: f"a{text}a"), reasoning=st.none() | st.just("because it is"))
+
+
+@given(st.lists(turns, max_size=4), st.sampled_from(["deepseek", "llama3", "qwen2.5", "base", "gpt"]))
+@settings(max_examples=60, deadline=None)
+def test_conversations_of_any_length(more, family):
+    tokenizer = tiny_tokenizer(family)
+    row = replace(TALK, turns=tuple(more) or None)
+    encoded = encode_chat(row, tokenizer, 5000)
+    assert len([run for run in spans(encoded) if run[0]]) == 1 + len(more)
 
 
 # ---- length ----

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from real_rows import real_path
 
 from medibuddy.data.cleaning import clean
-from medibuddy.data.example import Example
+from medibuddy.data.example import Example, Turn
+from medibuddy.data.gather import Gathered
 from medibuddy.data.leaks import find_leaks, one_slip
+from medibuddy.data.prepare import clean_sources, mix_sources, split_sources
 from medibuddy.data.sources import load_examples, named_splits
 from medibuddy.data.splits import group_key, split_examples, stratification
+from medibuddy.recipe import DataConfig, MixtureSource
 from medibuddy.run import UsageError
 
 ROWS = [Example(id=f"r{n}", question=f"Does drug {n} help in disease {n % 50}?", answer="It does.", decision=("yes", "no", "maybe")[n % 3], group=f"g{n % 200}" if n % 2 else None) for n in range(1000)]
@@ -192,3 +195,44 @@ def test_one_slip_is_symmetric_and_finds_every_slip(word, data):
     letter = data.draw(st.sampled_from("abcde"))
     for other in (word[:at] + word[at + 1:], word[:at] + letter + word[at:], word[:at] + letter + word[at + 1:], word[:at] + word[at:at + 2][::-1] + word[at + 2:]):
         assert one_slip(word, other) and one_slip(other, word), (word, other)
+
+
+# ---- conversations ----
+
+CHAT = Example(id="c", question="Hello doctor", answer="Hello.", turns=(Turn("Is joint fluid microscopy the first test for gout?", "It is."), Turn("Thank you", "Take care.")))
+OTHERS = [Example(id=f"o{n}", question=f"Is test {n} the first test for disease {n}?") for n in range(30)]
+
+
+def test_a_later_turn_gives_a_test_question_away():
+    asked = Example(id="e", question="is joint fluid microscopy the first test for gout")
+    assert [(leak.train_id, leak.test_id) for leak in find_leaks([*OTHERS, CHAT], [asked])] == [("c", "e")]
+    assert [(leak.train_id, leak.test_id) for leak in find_leaks([*OTHERS, asked], [CHAT])] == [("e", "c")]
+
+
+def test_a_greeting_gives_nothing_away_and_binds_nothing():
+    other = replace(CHAT, id="d", turns=(Turn("My son has a rash on both arms since Monday.", "Let me see it."),))
+    assert find_leaks([*OTHERS, CHAT], [other]) == [] and group_key(CHAT) != group_key(other)
+    assert group_key(CHAT) == group_key(Example(id="e", question="Is joint fluid microscopy the first test for gout"))
+
+
+# ---- mixtures ----
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.none() | st.integers(1, 40), st.none() | st.integers(1, 5), st.integers(0, 8), st.booleans()), min_size=2, max_size=4), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_every_row_of_a_mixture_is_in_one_place(shapes, weighted):
+    sources, parts = [], []
+    for number, (count, cap, weight, official, train_only) in enumerate(shapes):
+        rows = [Example(id=f"{number}-{n}", question=f"What is sign {n} of disease {number}?", answer="It is so.") for n in range(count)]
+        named = {"test": [row.id for row in rows[:official]]} if official else None
+        sources.append(Gathered(rows, [], named, {"source": "plain"}))
+        parts.append(MixtureSource(source="plain", path=f"{number}.jsonl", cap=cap, weight=(weight or 1) if weighted else None, train_only=train_only and number > 0))
+    by_source, _ = clean_sources(sources, "dialogues")
+    kept, left_out = mix_sources(tuple(parts), sources, by_source)
+    splits = split_sources(DataConfig(sources=tuple(parts)), sources, kept)
+    assert sorted([*places(splits), *(row.id_or_row for row in left_out)]) == sorted(row.id for source in sources for row in source.examples)
+    tested = {row.id for row in splits["test"]}
+    for part, source, rows in zip(parts, sources, kept, strict=True):
+        official = set((source.named or {}).get("test", []))
+        assert official.isdisjoint(places(splits)) and tested.isdisjoint(row.id for row in rows) if part.train_only else official <= tested
+        assert part.cap is None or len({row.id for row in rows} - official) <= part.cap

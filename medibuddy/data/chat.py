@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from .example import Dropped, Example, labels_of
@@ -16,9 +17,9 @@ from .template import ChatContractError, Frame, chat_frame, ensure_chat_template
 from ..run import UsageError
 
 # %% auto #0
-__all__ = ['SENTENCE_END', 'SECTION_LABEL', 'user_text', 'completion_text', 'render_prompts', 'render_prompt', 'render_training',
-           'cut_context', 'shorten', 'EncodedPrompt', 'EncodedChat', 'RowTooLong', 'token_ids', 'encode_prompts',
-           'encode_prompt', 'check_encoded', 'encode_all', 'encode_chat']
+__all__ = ['SENTENCE_END', 'SECTION_LABEL', 'user_text', 'completion_text', 'exchanges', 'render_prompts', 'render_prompt',
+           'render_training', 'cut_context', 'shorten', 'EncodedPrompt', 'EncodedChat', 'RowTooLong', 'token_ids',
+           'encode_prompts', 'encode_prompt', 'check_encoded', 'encode_all', 'encode_chat']
 
 # %% ../../nbs/api/14_chat.ipynb #ed231157
 def user_text(
@@ -38,13 +39,31 @@ def completion_text(
     example: Example,  # any row
     thought_open: bool,  # does the generation prompt end in "<think>\n"?
 ) -> str:  # without the end-of-turn token
-    "What the model should answer"
-    reasoning = (example.reasoning or "").strip()
+    "What the model should answer (in a conversation: first)"
     decision = f"Final decision: {example.decision}" if labels_of(example) else ""
     answer = "\n\n".join(part for part in (example.answer.strip(), decision) if part)
+    return _spoken(example.reasoning, answer, thought_open)
+
+
+def _spoken(
+    reasoning: str | None,
+    answer: str,
+    thought_open: bool,  # does the generation prompt end in "<think>\n"?
+) -> str:
+    "Reasoning and answer as the template expects them"
+    reasoning = (reasoning or "").strip()
     if thought_open:
         return f"{reasoning}\n</think>\n\n{answer}"
     return f"<think>\n{reasoning}\n</think>\n\n{answer}" if reasoning else answer
+
+
+def exchanges(
+    example: Example,  # any row
+    thought_open: bool,  # does the generation prompt end in "<think>\n"?
+) -> list[tuple[str, str]]:  # what the user says and what the model should answer; one pair without follow-up turns
+    "A row as a conversation"
+    first = user_text(example), completion_text(example, thought_open)
+    return [first, *((turn.question.strip(), _spoken(turn.reasoning, turn.answer.strip(), thought_open)) for turn in example.turns or ())]
 
 # %% ../../nbs/api/14_chat.ipynb #5c2d0f05
 def render_prompts(
@@ -69,24 +88,39 @@ def render_training(
     examples: list[Example],  # any rows
     tokenizer: Any,  # a fast Hugging Face tokenizer
     frame: Frame,  # from `chat_frame`
-) -> list[tuple[str, str]]:  # prompt and completion, the completion with its end-of-turn token
-    "Prompt and completion of many rows, checked against the training template; raises `ChatContractError`"
-    prompts = render_prompts(examples, tokenizer, frame)
-    completions = [completion_text(example, frame.thought_open) for example in examples]
+) -> list[tuple[str, ...]]:  # prompt and completion, and so on through the turns; each completion with its end-of-turn token
+    "Prompts and completions of many rows, checked against the training template; raises `ChatContractError`"
+    spoken = [exchanges(example, frame.thought_open) for example in examples]
     opening = "<think>\n" if frame.thought_open else ""
-    conversations = [
-        [{"role": "user", "content": user_text(example)}, {"role": "assistant", "content": opening + completion}]
-        for example, completion in zip(examples, completions, strict=True)
-    ]
+    conversations = [[message for said, answered in pairs for message in ({"role": "user", "content": said}, {"role": "assistant", "content": opening + answered})] for pairs in spoken]
     wholes = tokenizer.apply_chat_template(conversations, chat_template=frame.training_template, tokenize=False)
-    for example, prompt, completion, whole in zip(examples, prompts, completions, wholes, strict=True):
+    followed = [messages[:end] for messages in conversations for end in range(3, len(messages), 2)]
+    later = iter(tokenizer.apply_chat_template(followed, chat_template=frame.training_template, tokenize=False, add_generation_prompt=True) if followed else [])
+    texts = []
+    for example, prompt, pairs, whole in zip(examples, render_prompts(examples, tokenizer, frame), spoken, wholes, strict=True):
         if frame.bos_text and prompt.count(frame.bos_text) != 1:
             raise ChatContractError(example.id, "exactly one BOS", f"the template puts {prompt.count(frame.bos_text)} of {frame.bos_text!r} into the prompt. Mend the template.")
-        if not whole.startswith(prompt + completion) or whole[len(prompt + completion):].strip() not in (frame.end_text, ""):
-            wanted = prompt + completion + frame.end_text
-            at = next((place for place, (a, b) in enumerate(zip(whole, wanted, strict=False)) if a != b), min(len(whole), len(wanted)))
-            raise ChatContractError(example.id, "training text = prompt + completion", f"the template renders {whole[at:at + 60]!r} where {wanted[at:at + 60]!r} belongs. Use a training template that leaves the answer as it is.")
-    return [(prompt, completion + frame.end_text) for prompt, completion in zip(prompts, completions, strict=True)]
+        pieces: list[str] = []
+        for number, (_, completion) in enumerate(pairs):
+            prompt, before = next(later) if number else prompt, "".join(pieces)
+            _check_prefix(example.id, before, prompt)
+            _check_prefix(example.id, prompt + completion, whole)
+            pieces += [prompt[len(before):], completion + frame.end_text]
+        if whole[len(prompt + completion):].strip() not in (frame.end_text, ""):
+            _check_prefix(example.id, "".join(pieces), whole)
+        texts.append(tuple(pieces))
+    return texts
+
+
+def _check_prefix(
+    row: str,  # id of the row
+    wanted: str,  # what the text has to start with
+    text: str,  # what a template rendered
+) -> None:
+    "Raise `ChatContractError` where a template changes or hides what was put into it"
+    if not text.startswith(wanted):
+        at = next((place for place, (a, b) in enumerate(zip(text, wanted, strict=False)) if a != b), min(len(text), len(wanted)))
+        raise ChatContractError(row, "training text = prompt + completion", f"the template renders {text[at:at + 60]!r} where {wanted[at:at + 60]!r} belongs. Use a training template that leaves the answer as it is.")
 
 # %% ../../nbs/api/14_chat.ipynb #975a3e1b
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!vs\.)(?<!e\.g\.)(?<!i\.e\.)(?<!al\.)(?<!Dr\.)(?<!Fig\.)(?<!No\.)\s+(?=[A-Z0-9(\"'\[])|(?<=[。！？])")
@@ -163,7 +197,7 @@ def _control_in(
     frame: Frame,  # from `chat_frame`
 ) -> tuple[str, str] | None:  # reason and what was found
     "A control token spelt out in the data, which would become a real one"
-    texts = (user_text(example), example.reasoning or "", example.answer)
+    texts = (user_text(example), example.reasoning or "", example.answer, *(text or "" for turn in example.turns or () for text in (turn.question, turn.reasoning, turn.answer)))
     match = next((match for text in texts if (match := frame.control.search(text))), None)
     return ("control token in the text", match.group()) if match else None
 
@@ -185,14 +219,19 @@ def _pairs(
     tokenizer: Any,  # a fast Hugging Face tokenizer
     frame: Frame,  # from `chat_frame`
     answers: bool,  # encode the completions too? False leaves them empty, for generation
-) -> list[tuple[str, list[int], list[int]]]:  # prompt text, prompt ids, completion ids
+) -> list[tuple[str, list[int], list[int], list[int]]]:  # prompt text, prompt ids, ids after it, their labels
     "Render and tokenise rows"
     if not answers:
         prompts = render_prompts(examples, tokenizer, frame) if examples else []
-        return [(text, ids, []) for text, ids in zip(prompts, token_ids(prompts, tokenizer), strict=True)]
+        return [(text, ids, [], []) for text, ids in zip(prompts, token_ids(prompts, tokenizer), strict=True)]
     texts = render_training(examples, tokenizer, frame) if examples else []
-    ids = token_ids([prompt for prompt, _ in texts], tokenizer), token_ids([completion for _, completion in texts], tokenizer)
-    return [(text, prompt_ids, completion_ids) for (text, _), prompt_ids, completion_ids in zip(texts, *ids, strict=True)]
+    ids = iter(token_ids([piece for pieces in texts for piece in pieces], tokenizer))
+    rows = []
+    for pieces in texts:
+        prompt, *rest = [next(ids) for _ in pieces]
+        labels = [token if number % 2 == 0 else -100 for number, piece in enumerate(rest) for token in piece]
+        rows.append((pieces[0], prompt, [token for piece in rest for token in piece], labels))
+    return rows
 
 
 def _fitting(
@@ -201,7 +240,7 @@ def _fitting(
     frame: Frame,  # from `chat_frame`
     room: int,  # tokens a row may have
     answers: bool,  # with completions?
-) -> Iterator[tuple[Example, tuple[str, list[int], list[int]] | Dropped, int]]:  # row (perhaps cut), its ids or why it is left out, tokens cut
+) -> Iterator[tuple[Example, tuple[str, list[int], list[int], list[int]] | Dropped, int]]:  # row (perhaps cut), its ids or why it is left out, tokens cut
     "Encode rows, cutting context where needed"
     def size(pair) -> int:
         return len(pair[1]) + len(pair[2])
@@ -267,11 +306,11 @@ def _swapped(
 def _check_thought(
     prompt: str,  # decoded prompt
     completion: str,  # decoded labels
-    example: Example,  # the row
+    reasoning: str | None,  # what the answer's thought should be
     frame: Frame,  # from `chat_frame`
 ) -> str | None:  # what is wrong; None where nothing is
-    "Clause 6"
-    reasoning = unicodedata.normalize("NFC", (example.reasoning or "").strip())
+    "Clause 6 for one answer"
+    reasoning = unicodedata.normalize("NFC", (reasoning or "").strip())
     opened = prompt.endswith("<think>\n")
     wanted = (1, 0, 1) if frame.thought_open else (0, int(bool(reasoning)), int(bool(reasoning)))
     found = (prompt.count("<think>"), completion.count("<think>"), completion.count("</think>"))
@@ -279,6 +318,35 @@ def _check_thought(
         return f"<think> in the prompt, <think> and </think> in the labels: {found} times, {wanted} expected"
     thought = unicodedata.normalize("NFC", completion.partition("</think>")[0])
     return f"the reasoning {reasoning[:40]!r} is not before </think> in the labels" if reasoning not in thought else None
+
+
+def _check_turns(
+    texts: list[str],  # decoded: prompt, answer, prompt, answer, ...
+    example: Example,  # the row
+    frame: Frame,  # from `chat_frame`
+) -> tuple[str, str] | None:  # clause and what is wrong; None where nothing is
+    "Clause 6 for a row"
+    reasonings = [example.reasoning, *(turn.reasoning for turn in example.turns or ())]
+    for number, reasoning in enumerate(reasonings):
+        if fault := _check_thought(texts[2 * number], texts[2 * number + 1], reasoning, frame):
+            return "the thought is trained once", fault
+    for number, pair in enumerate(exchanges(example, frame.thought_open) if example.turns else ()):
+        for text, wanted in zip(texts[2 * number:], pair, strict=False):
+            if unicodedata.normalize("NFC", wanted).strip() not in unicodedata.normalize("NFC", text):
+                return "every answer stands behind its question", f"turn {number + 1} has {text[:60]!r} where {wanted[:60]!r} belongs"
+    return None
+
+
+def _stretches(
+    ids: list[int],  # tokens of a row
+    labels: list[int],  # as many
+    start: int,  # tokens of the prompt
+) -> list[list[int]]:  # prompt, answer, prompt, answer, ...
+    "Divide a row's tokens where its labels begin and end"
+    if -100 not in labels[start:]:
+        return [ids[:start], ids[start:]]
+    runs = [[token for token, _ in run] for _, run in groupby(zip(ids[start:], labels[start:], strict=True), key=lambda pair: pair[1] != -100)]
+    return [ids[:start], *runs]
 
 # %% ../../nbs/api/14_chat.ipynb #48e18fd1
 def check_encoded(
@@ -291,10 +359,10 @@ def check_encoded(
     "Check the chat contract on one row; raises `ChatContractError` naming the row and the clause"
     frame = frame or chat_frame(tokenizer)
     prompt = prompt_ids if prompt_ids is not None else _pairs([example], tokenizer, frame, answers=False)[0][1]
-    for clause, fault in _faults(encoded, prompt, frame):
+    for clause, fault in _faults(encoded, prompt, frame, 1 + len(example.turns or ())):
         raise ChatContractError(example.id, clause, fault)
-    if fault := _check_thought(*tokenizer.batch_decode([prompt, encoded.input_ids[len(prompt):]]), example, frame):
-        raise ChatContractError(example.id, "the thought is trained once", fault)
+    if found := _check_turns(tokenizer.batch_decode(_stretches(encoded.input_ids, encoded.labels, len(prompt))), example, frame):
+        raise ChatContractError(example.id, *found)
     # a prompt is rendered from the user's text alone
     if user_text(example) != user_text(_swapped(example)):
         raise ChatContractError(example.id, "the prompt does not know the answer", "the prompt changes when the gold answer is exchanged")
@@ -304,6 +372,7 @@ def _faults(
     encoded: EncodedChat,  # the ids and labels to check
     prompt: list[int],  # ids of the generation prompt
     frame: Frame,  # from `chat_frame`
+    answers: int,  # of the row
 ) -> Iterator[tuple[str, str]]:  # clause and what is wrong
     "Clauses 1 to 5"
     ids, labels, start = encoded.input_ids, encoded.labels, len(prompt)
@@ -318,11 +387,16 @@ def _faults(
         yield "prompt tokens are not labels", f"the first {start} tokens are not the unlabelled tokens of the generation prompt"
     if labels[-1] != frame.end_id:
         yield "the answer's end is a label", f"the last label is {labels[-1]}, the end-of-turn token is {frame.end_id}. Is it masked because it is also the padding token?"
-    if labels[start:] != ids[start:]:
+    if labels[start:] != ids[start:] if answers == 1 else any(label not in (-100, token) for token, label in zip(ids, labels, strict=True)):
         yield "labels are the answer's tokens", "a token of the answer is masked or has another label"
-    answer = ids[start:]
-    if frame.control_ids.intersection(answer) != {frame.end_id} or answer.count(frame.end_id) != 1:
-        yield "one end of turn", "a control token stands inside the answer"
+    stretches = _stretches(ids, labels, start)
+    if len(stretches) != 2 * answers or labels[start] == -100:
+        yield "every answer is trained", f"{len(stretches) // 2} stretches of labels for {answers} answers, or one that does not follow its prompt"
+    for answer in stretches[1::2]:
+        if answer[-1] != frame.end_id:
+            yield "the answer's end is a label", f"an answer's last label is {answer[-1]}, the end-of-turn token is {frame.end_id}. Is it masked because it is also the padding token?"
+        if frame.control_ids.intersection(answer) != {frame.end_id} or answer.count(frame.end_id) != 1:
+            yield "one end of turn", "a control token stands inside the answer"
 
 # %% ../../nbs/api/14_chat.ipynb #ab4ce257
 def encode_all(
@@ -338,8 +412,8 @@ def encode_all(
         if isinstance(pair, Dropped):
             dropped.append(pair)
             continue
-        _, prompt, completion = pair
-        row = EncodedChat(prompt + completion, [-100] * len(prompt) + completion, cut, example.id)
+        _, prompt, rest, labels = pair
+        row = EncodedChat(prompt + rest, [-100] * len(prompt) + labels, cut, example.id)
         check_encoded(row, example, tokenizer, frame, prompt)
         encoded.append(row)
     return encoded, dropped, {row.id: row.cut_tokens for row in encoded if row.cut_tokens}

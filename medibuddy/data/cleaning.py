@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-from .dialogue import clean_dialogue
-from .example import Dropped, Example
+from .dialogue import clean_dialogue, treatment_of
+from .example import Dropped, Example, Turn
 
 # %% auto #0
 __all__ = ['LINE_ENDS', 'CONTROL', 'SURROGATES', 'ENTITY', 'ATTRIBUTES', 'SUPERSCRIPT', 'BLOCK_TAG', 'INLINE_TAG', 'BLANKS',
@@ -101,11 +101,21 @@ def part_reasoning(
     if match := THOUGHT.match(answer):
         if reasoning is None or reasoning.strip() == match[1].strip():
             reasoning, answer = match[1], match[2]
-    return replace(example, reasoning=(reasoning or "").strip() or None, answer=answer.strip())
+    turns = example.turns and tuple(_part_turn(turn) for turn in example.turns)
+    return replace(example, reasoning=(reasoning or "").strip() or None, answer=answer.strip(), turns=turns)
+
+
+def _part_turn(
+    turn: Turn,  # a follow-up question with its answer
+) -> Turn:  # the same where its answer holds no thought
+    "Move a leading `<think>…</think>` out of a follow-up answer"
+    match = THOUGHT.match(turn.answer)
+    return replace(turn, reasoning=match[1].strip() or None, answer=match[2].strip()) if match and turn.reasoning is None else turn
 
 # %% ../../nbs/api/12_cleaning.ipynb #c7dce110
 def clean_example(
     example: Example,  # any row
+    treatment: frozenset[str] | None = None,  # as `clean_dialogue` takes it; None asks the row's source
 ) -> tuple[Example, list[str]]:  # the clean row (same id), and what was changed
     "Clean every text of one row"
     reasons: dict[str, None] = {}
@@ -117,12 +127,13 @@ def clean_example(
 
     texts = {name: tidy(value) for name in ("question", "context", "reasoning", "answer") if (value := getattr(example, name)) is not None}
     options = None if example.options is None else tuple((letter, tidy(text)) for letter, text in example.options)
-    cleaned = replace(example, options=options, **texts)
+    turns = example.turns and tuple(Turn(tidy(turn.question), tidy(turn.answer), None if turn.reasoning is None else tidy(turn.reasoning) or None) for turn in example.turns)
+    cleaned = replace(example, options=options, turns=turns, **texts)
     cleaned = replace(cleaned, context=cleaned.context or None, reasoning=cleaned.reasoning or None)
     parted = part_reasoning(cleaned)
     if parted != cleaned:
         reasons["reasoning taken out of the answer"] = None
-    spoken, changed = clean_dialogue(parted)
+    spoken, changed = clean_dialogue(parted, treatment)
     return spoken, [*reasons, *changed]
 
 # %% ../../nbs/api/12_cleaning.ipynb #a053662a
@@ -136,12 +147,14 @@ def fault_of(
     "Why a row cannot be used"
     if not WORD.search(example.question):
         return "empty question", example.question
-    option_texts = [text for _, text in example.options or ()]
-    for text in (example.question, example.context or "", example.reasoning or "", example.answer, *option_texts):
+    if not all(WORD.search(text) for turn in example.turns or () for text in (turn.question, turn.answer)):
+        return "empty turn", ""
+    more = [text for _, text in example.options or ()] + [text or "" for turn in example.turns or () for text in (turn.question, turn.reasoning, turn.answer)]
+    for text in (example.question, example.context or "", example.reasoning or "", example.answer, *more):
         if match := CHAT_MARKER.search(text):
             return "chat marker in the text", match.group()
     words = WORD.findall(example.answer)
-    if example.decision is None and len(words) < 2:
+    if example.decision is None and len(words) < (1 if example.turns else 2):  # "Yes?" may open a conversation
         return ("one-word answer" if words else "empty answer"), example.answer
     return None
 
@@ -177,6 +190,7 @@ def content_key(
 
 def clean(
     examples: list[Example],  # as loaded
+    treatment: Callable[[Example], frozenset[str]] = treatment_of,  # which rows pass the PHI gate and lose their courtesies
 ) -> Cleaned:
     "Clean all rows, dropping what cannot be used; rows in = rows out + rows dropped"
     kept: list[Example] = []
@@ -184,7 +198,7 @@ def clean(
     changed: list[Changed] = []
     first: dict[tuple, str] = {}
     for example in examples:
-        cleaned, reasons = clean_example(example)
+        cleaned, reasons = clean_example(example, treatment(example))
         fault = fault_of(cleaned)
         if fault is None and (key := content_key(cleaned)) in first:
             fault = ("exact duplicate", f"of {first[key]}")

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from .example import Example
+from .example import Example, Turn
 from .phi import scrub_phi
 
 # %% auto #0
-__all__ = ['GREETING', 'SIGN_OFF', 'HEADINGS', 'HEADING', 'DIALOGUES', 'without_courtesies', 'sections_of', 'clean_dialogue']
+__all__ = ['GREETING', 'SIGN_OFF', 'HEADINGS', 'HEADING', 'DIALOGUES', 'without_courtesies', 'sections_of', 'treatment_of',
+           'scrub_example', 'clean_dialogue']
 
 # %% ../../nbs/api/12b_dialogue.ipynb #91d96cc2
 GREETING = re.compile(
@@ -63,14 +64,38 @@ def sections_of(
 DIALOGUES = ("healthcaremagic",)  # sources whose rows are scraped from real people
 
 
+def treatment_of(
+    example: Example,  # any row
+) -> frozenset[str]:  # "scrub" (the PHI gate), "courtesies" (greetings and sign-offs), both or neither
+    "What a row's source asks for"
+    return frozenset({"scrub", "courtesies"} if example.source in DIALOGUES else ())
+
+
+def scrub_example(
+    example: Example,  # any row
+) -> tuple[Example, list[str]]:  # the row and the kinds of what was replaced
+    "Replace protected information in every text of a row"
+    kinds: dict[str, None] = {}
+
+    def scrub(text: str | None) -> str | None:
+        scrubbed = scrub_phi(text) if text else None
+        kinds.update(dict.fromkeys(f"protected information: {span.kind}" for span in scrubbed.spans) if scrubbed else {})
+        return scrubbed.text if scrubbed else text
+
+    texts = {name: scrub(getattr(example, name)) for name in ("question", "context", "reasoning", "answer")}
+    options = example.options and tuple((letter, scrub(text)) for letter, text in example.options)
+    turns = example.turns and tuple(Turn(scrub(turn.question), scrub(turn.answer), scrub(turn.reasoning)) for turn in example.turns)
+    return (replace(example, options=options, turns=turns, **texts) if kinds else example), list(kinds)
+
+
 def clean_dialogue(
     example: Example,  # any row
-) -> tuple[Example, list[str]]:  # the row and what was changed; rows of other sources come back as they are
-    "Replace protected information in a patient dialogue and take courtesies off the answer"
-    if example.source not in DIALOGUES:
-        return example, []
-    question, answer = scrub_phi(example.question), scrub_phi(example.answer)
-    kinds = dict.fromkeys(f"protected information: {span.kind}" for span in [*question.spans, *answer.spans])
-    plain = without_courtesies(answer.text)
-    reasons = [*kinds, *(["greeting or sign-off"] if plain != answer.text else [])]
-    return replace(example, question=question.text, answer=plain), reasons
+    treatment: frozenset[str] | None = None,  # "scrub", "courtesies", both or neither; None asks the row's source
+) -> tuple[Example, list[str]]:  # the row and what was changed; a row without treatment comes back as it is
+    "Replace protected information and take courtesies off the answers"
+    treatment = treatment_of(example) if treatment is None else treatment
+    example, reasons = scrub_example(example) if "scrub" in treatment else (example, [])
+    if "courtesies" not in treatment:
+        return example, reasons
+    plain = replace(example, answer=without_courtesies(example.answer))
+    return plain, [*reasons, *(["greeting or sign-off"] if plain != example else [])]

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from ..run import UsageError
 
 # %% auto #0
-__all__ = ['DECISIONS', 'Example', 'labels_of', 'content_id', 'Dropped']
+__all__ = ['DECISIONS', 'Turn', 'Example', 'labels_of', 'content_id', 'Dropped']
 
 # %% ../../nbs/api/10_example.ipynb #038e3fea
+@dataclass(frozen=True)
+class Turn:
+    "A follow-up question of a conversation with its answer"
+    question: str  # what the person says
+    answer: str  # what is answered
+    reasoning: str | None = None  # the chain of thought before this answer
+
+
 @dataclass(frozen=True)
 class Example:
     "One question with everything that is known about it"
@@ -28,13 +36,15 @@ class Example:
     source: str = ""  # where the row came from; results are also reported by source
     specialty: str | None = None  # medical specialty, where known
     group: str | None = None  # rows with the same group are never split between training and test
+    turns: tuple[Turn, ...] | None = None  # what follows the first answer of a conversation; None for a single question
 
     def to_dict(self) -> dict:
-        "A JSON-ready dictionary with every field, in order"
+        "A JSON-ready dictionary with every field, in order; `turns` only where there are some"
         row = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.options is not None:
             row["options"] = [list(option) for option in self.options]
-        return row
+        turns = row.pop("turns")
+        return row | ({"turns": [asdict(turn) for turn in turns]} if turns else {})
 
     @classmethod
     def from_dict(cls, row: dict) -> Example:
@@ -54,11 +64,25 @@ def _example_from_dict(
     values = dict(row)
     if values.get("options") is not None:
         values["options"] = tuple((str(letter), str(text)) for letter, text in values["options"])
+    if values.get("turns") is not None:
+        values["turns"] = _turns_from(row)
     for name, value in values.items():
         required = name in {"id", "question", "answer", "source"}
-        if name != "options" and not isinstance(value, str) and (required or value is not None):
+        if name not in {"options", "turns"} and not isinstance(value, str) and (required or value is not None):
             raise UsageError(f"row {row.get('id')!r}: field `{name}` must be text, got {type(value).__name__} {value!r}")
     return cls(**values)
+
+
+def _turns_from(
+    row: dict,  # what `to_dict` wrote
+) -> tuple[Turn, ...] | None:  # None where there is none
+    "The follow-up turns of a row; raises `UsageError`"
+    texts = {"question", "answer"}
+    for turn in row["turns"] if isinstance(row["turns"], list) else [row["turns"]]:
+        fits = isinstance(turn, dict) and texts <= set(turn) <= texts | {"reasoning"} and isinstance(turn.get("reasoning"), (str, type(None)))
+        if not fits or not all(isinstance(turn[name], str) for name in texts):
+            raise UsageError(f"row {row.get('id')!r}: field `turns` must be a list of objects with question, answer and perhaps reasoning, got {str(turn)[:80]!r}")
+    return tuple(Turn(**turn) for turn in row["turns"]) or None
 
 # %% ../../nbs/api/10_example.ipynb #90d4cb94
 DECISIONS = ("yes", "no", "maybe")  # the labels of PubMedQA (Jin et al. 2019, arXiv 1909.06146)

@@ -5,19 +5,21 @@
 # %% ../../nbs/api/11a_hub.ipynb #d0655679
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from .example import Dropped, Example
 from .shapes import SHAPES
-from .sources import adapt_rows
+from .sources import adapt_rows, say_once
 from ..recipe import nearest
 from ..run import UsageError, sha256_files
 
 # %% auto #0
-__all__ = ['HUB', 'HubSource', 'Provenance', 'notice_of', 'load_hub']
+__all__ = ['HUB', 'HubSource', 'Provenance', 'notice_of', 'pin', 'load_hub']
 
 # %% ../../nbs/api/11a_hub.ipynb #5d3e95e4
 @dataclass(frozen=True)
@@ -57,11 +59,9 @@ def notice_of(
     split: str,  # the published split
 ) -> str:  # empty where there is nothing to say
     "What whoever uses these rows must be told"
-    if shape == "healthcaremagic":
-        return "HealthCareMagic states no licence and holds patient dialogues: research use only, do not redistribute rows or publish a model without asking."
     if shape == "medmcqa" and split == "validation":
         return "MedMCQA's test answers are hidden; its validation split stands in for the test set, as published results do."
-    return ""
+    return SHAPES[shape].notice
 
 # %% ../../nbs/api/11a_hub.ipynb #c1ab22ce
 def _check_names(
@@ -81,14 +81,18 @@ def _check_names(
         raise UsageError(f"`split` is {split!r}; {source.repository} has {', '.join(source.splits)} with answers.{hidden}")
     return source, configuration
 
-
-def _resolve(
+# %% ../../nbs/api/11a_hub.ipynb #1ffdcebf
+def pin(
     repository: str,  # owner/name on the Hub, or a local folder
     revision: str | None,  # branch, tag or commit; None the newest
 ) -> str:  # a commit, or the hash of a folder's files
-    "Pin what is about to be read"
+    "Pin what is about to be read; raises `UsageError` where the Hub cannot be reached"
     if Path(repository).is_dir():
-        return sha256_files(Path(repository), ["**/*"])
+        files = (file.relative_to(repository) for file in Path(repository).rglob("*"))
+        # `hf download --local-dir` leaves times of its own in hidden folders
+        return sha256_files(Path(repository), [escape(str(file)) for file in files if not any(part.startswith(".") for part in file.parts)])
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision  # a commit is pinned already, and the cache may hold it where there is no network
     from huggingface_hub import HfApi
 
     try:
@@ -96,7 +100,7 @@ def _resolve(
     except Exception as error:  # the client raises its own, requests' and the system's errors
         raise UsageError(f"{repository} cannot be reached on the Hub ({type(error).__name__}: {error}). Go online, give the folder of a downloaded copy, or a file with --data.") from error
 
-
+# %% ../../nbs/api/11a_hub.ipynb #2811fa52
 def _open(
     repository: str,  # owner/name on the Hub, or a local folder
     configuration: str,  # one of its configurations
@@ -112,7 +116,7 @@ def _open(
     except (ValueError, FileNotFoundError, ConnectionError, RuntimeError, OSError) as error:
         raise UsageError(f"{repository}, configuration {configuration!r}, split {split!r} cannot be loaded: {error}") from error
 
-# %% ../../nbs/api/11a_hub.ipynb #1ffdcebf
+# %% ../../nbs/api/11a_hub.ipynb #0f6be6c2
 def load_hub(
     shape: str,  # a key of `HUB`
     configuration: str | None = None,  # None takes the first of the table above
@@ -124,19 +128,27 @@ def load_hub(
 ) -> tuple[list[Example], list[Dropped], Provenance]:  # examples, rows left out, and what exactly was read
     "Load a published data set; raises `UsageError` on unknown names or where it cannot be reached"
     source, configuration = _check_names(shape, configuration, split)
+    say_once(notice_of(shape, split))
     if folder is not None and not Path(folder).is_dir():
         raise UsageError(f"`folder` is {str(folder)!r}, which is no folder. Give the folder of a downloaded copy of {source.repository}.")
     repository = source.repository if folder is None else str(folder)
-    commit = _resolve(repository, revision)
+    commit = pin(repository, revision)
     rows = _open(repository, configuration, split, commit if folder is None else None, streaming)
     if shape == "pubmedqa" and configuration == "pqa_unlabeled":
         rows = ({**row, "final_decision": None} for row in rows)  # published without this column
-    examples, dropped = adapt_rows(_numbered(rows), shape, f"{repository} ({configuration}, {split})", limit)
+    name = f"{repository} ({configuration}, {split})"
+    examples, dropped = adapt_rows(_numbered(rows, name), shape, name, limit)
     return examples, dropped, Provenance(repository, configuration, split, commit, SHAPES[shape].licence, notice_of(shape, split))
 
 
 def _numbered(
     rows: Any,  # an iterable of rows
+    name: str,  # of the data set, for errors
 ) -> Iterator[tuple[str, dict]]:  # place and row
-    "Rows with their places"
-    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    "Rows with their places; raises `UsageError` where reading breaks off"
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield f"row {number}", row
+    except (ValueError, ConnectionError, RuntimeError, OSError) as error:  # a stream that is cut, a broken file
+        raise UsageError(f"{name} broke off after row {number}: {error}. Run the same command again; without `streaming` the cache keeps what was read.") from error

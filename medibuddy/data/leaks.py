@@ -9,7 +9,7 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .example import Example
 from ..run import UsageError
@@ -17,7 +17,7 @@ from ..run import UsageError
 # %% auto #0
 __all__ = ['WORDS', 'SLIP_LENGTH', 'LONG_TEXT', 'ADDED', 'SENTENCE', 'HASH_SPACE', 'LOOKUPS', 'OCCURRENCES', 'SHARED', 'OVERLAP',
            'BLOCK', 'IDENTIFYING', 'SAME_QUESTION', 'Leak', 'normalise', 'one_slip', 'forgive_slips', 'features',
-           'similarity', 'sentences', 'likeness', 'Rarity', 'candidate_pairs', 'find_leaks']
+           'similarity', 'sentences', 'likeness', 'Rarity', 'candidate_pairs', 'asked', 'find_leaks']
 
 # %% ../../nbs/api/13a_leaks.ipynb #9cb79612
 @dataclass(frozen=True)
@@ -195,11 +195,21 @@ def _rarest(
     within[:3] = True
     return columns[within]
 
-# %% ../../nbs/api/13a_leaks.ipynb #2d977e8b
+# %% ../../nbs/api/13a_leaks.ipynb #201e4ded
 IDENTIFYING = 6  # words a question needs to identify its subject where the passages differ
 SAME_QUESTION = 0.9  # similarity of such questions
 
 
+def asked(
+    example: Example,  # any row
+) -> list[str]:  # at least one
+    "The questions of a row by which it can be known"
+    if not example.turns:
+        return [example.question]
+    questions = [example.question, *(turn.question for turn in example.turns)]
+    return [question for question in questions if len(WORDS.findall(question)) >= IDENTIFYING] or ["\n".join(questions)]
+
+# %% ../../nbs/api/13a_leaks.ipynb #7958a62f
 def find_leaks(
     train: list[Example],  # training rows
     test: list[Example],  # test rows, or the rows of a benchmark
@@ -208,6 +218,7 @@ def find_leaks(
     "Training rows that give test rows away"
     if not 0 < threshold <= 1:
         raise UsageError(f"`threshold` is {threshold!r}, give a similarity above 0 and up to 1.")
+    train, test = ([replace(row, question=question, turns=None) for row in rows for question in asked(row)] for rows in (train, test))
     found: dict[tuple[int, int], Leak] = {}
     keys = defaultdict(list)
     texts = {name: [(sentences(row.question), sentences(row.context or "")) for row in rows] for name, rows in (("train", train), ("test", test))}
@@ -221,7 +232,8 @@ def find_leaks(
     for kind in ("passage", "question"):
         for pair, score in _near(kind, texts["train"], texts["test"], threshold):
             found.setdefault(pair, Leak(train[pair[0]].id, test[pair[1]].id, f"near-duplicate {kind}", round(score, 4)))
-    return [found[pair] for pair in sorted(found, key=lambda pair: (pair[1], pair[0]))]
+    leaks = (found[pair] for pair in sorted(found, key=lambda pair: (pair[1], pair[0])))
+    return list({(leak.train_id, leak.test_id): leak for leak in leaks}.values())
 
 
 def _near(

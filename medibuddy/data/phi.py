@@ -15,9 +15,11 @@ import medibuddy
 
 # %% auto #0
 __all__ = ['EMAIL', 'RECORD_CUE', 'RECORD_FORM', 'MONTH', 'DAY', 'YEAR', 'UNIT', 'DATE', 'SHORT_DATE', 'PHONE', 'PHONE_CUE',
-           'STREET', 'PLACE', 'POSTCODE', 'UNIT_NUMBER', 'ADDRESS', 'ADDRESS_CUE', 'NOT_NAMES', 'EPONYM', 'NAME_WORD',
-           'NAME_RUN', 'INITIALS', 'TITLED', 'CUED', 'INTRODUCED', 'BARE', 'DIGIT', 'RECOGNISERS', 'Span', 'Scrubbed',
-           'records', 'dates', 'phones', 'addresses', 'name_lists', 'names', 'find_phi', 'scrub_phi']
+           'STREET', 'PLACE', 'POSTCODE', 'UNIT_NUMBER', 'ADDRESS', 'ADDRESS_CUE', 'NOT_NAMES', 'EPONYM', 'LATIN',
+           'UPPER', 'LOWER', 'NAME_WORD', 'NAME_RUN', 'KIN', 'INITIALS', 'TITLED', 'CUED', 'INTRODUCED', 'AND_MORE',
+           'BRACKETED', 'GREETED', 'KIN_NAMED', 'SIGNATURE', 'AGE', 'FOLLOWED', 'SAID', 'ASKED', 'SHOUTED', 'WHISPERED',
+           'BARE', 'DIGIT', 'RECOGNISERS', 'Span', 'Scrubbed', 'records', 'dates', 'phones', 'addresses', 'name_lists',
+           'names', 'find_phi', 'scrub_phi']
 
 # %% ../../nbs/api/12a_phi.ipynb #5efa3539
 @dataclass(frozen=True)
@@ -131,16 +133,31 @@ Not No Yes And Or But If So As At By For From In Into Of On To With Without Abou
 Please Thank Thanks Hello Hi Hey Dear Regards Sincerely Welcome Sorry Kindly Good Morning Evening Afternoon Night Sir Madam Maam Mam Doctor Doctors Doc Dr Mr Mrs Ms Miss Prof Nurse Sister Patient Patients Team Everyone All User Customer Friend Chat Health Care
 Mom Mum Dad Mother Father Wife Husband Son Daughter Brother Baby Child Age Aged Male Female Man Woman Boy Girl Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April June July August September October November December
 Blood Pressure Sugar Heart Rate Pulse Pain Fever Cough Chest Head Back Left Right Upper Lower Acute Chronic Severe Mild Type Stage Grade Vitamin Tab Tablet Cap Syrup Injection Test Tests Scan Report Reports Result Results Normal Positive Negative Diagnosis Treatment History Medical Hospital Clinic Emergency
-ECG EKG MRI CT USG HIV TB BP ICU ER OPD ENT IVF Day Days Week Weeks Month Months Year Years Hope Wish Take Let Any Some Many Much More Most Very Every Each Other Another Both Either Neither Because However Therefore Although Though Even Still Yet Again Ever Never Always Often
+ECG EKG MRI CT USG HIV TB BP ICU ER OPD ENT IVF Day Days Week Weeks Month Months Year Years Practitioner Physician Surgeon Specialist Ultrasound Biopsy Endoscopy Radiologist Google Internet Label Leaflet Website Hope Wish Take Let Any Some Many Much More Most Very Every Each Other Another Both Either Neither Because However Therefore Although Though Even Still Yet Again Ever Never Always Often
 Looking Having Feeling Getting Going Taking Suffering Waiting Given Seen Tell Know Think Need Want Like See Go Get Got Give North South East West Northern Southern Candida Los Council Okay Ok Oh Well Sure Right Consult Avoid Use Drink Eat Sleep Try Start Stop Keep Make Ask Check First Second Third Last Next Once Two Three Four Five One
 """.split())
-EPONYM = re.compile(r"(?:['’]s?)?(?:[\s-]+[a-z-]+)?[\s-]+(?:diseases?|syndromes?|signs?|tests?|pals(?:y|ies)|lymphomas?|scores?|scales?|criteria|criterion|reflex|thyroiditis|ulcers?|tumou?rs?|sarcomas?|catheters?|tubes?|fractures?|contractures?|reactions?|stains?|virus|class|classification|index|man(?:oeu|eu)ver|law|formula|nodes?|o?esophagus|ana?emia|chorea|phenomen\w+|triad|procedure|operation|technique|lines?|bod(?:y|ies)|cells?|organisms?|disorder|granulomatosis|ataxia|dystrophy|nephropathy|crisis|paralysis|angina|pouch|ligament|canal|monitor|fundoplication|equation|probe|ultrasound|arthropathy|encephalopathy|vaccine|kappa|type)\b")
-NAME_WORD = r"[A-Z][a-zà-öø-ÿ]+(?:['’-][A-Z]?[a-zà-öø-ÿ]+|[A-Z][a-z]+)*"
-NAME_RUN = rf"{NAME_WORD}(?:\s+(?:[A-Z]\.?\s+)?(?:(?:de|da|dos|del|van|von|der|den|bin|binti|al|el|la)\s+)*(?:[OD]['’])?{NAME_WORD})*"
+EPONYM = re.compile(r"(?:['’]s?)?(?:[\s-]+[a-z-]+)?[\s-]+(?:diseases?|syndromes?|signs?|tests?|pals(?:y|ies)|lymphomas?|scores?|scales?|criteria|criterion|reflex|thyroiditis|ulcers?|tumou?rs?|sarcomas?|catheters?|tubes?|fractures?|contractures?|reactions?|stains?|virus|class|classification|index|man(?:oeu|eu)ver|law|formula|nodes?|o?esophagus|ana?emia|chorea|phenomen\w+|triad|procedure|operation|technique|lines?|bod(?:y|ies)|cells?|organisms?|disorder|granulomatosis|ataxia|dystrophy|nephropathy|crisis|paralysis|angina|pouch|ligament|canal|monitor|fundoplication|equation|probe|ultrasound|o?edema|arthropathy|encephalopathy|vaccine|kappa|type)\b")
+LATIN = [chr(code) for code in (*range(0x41, 0x250), *range(0x1E00, 0x1F00))]  # with the letters of Vietnamese, Turkish, Polish, Icelandic, ...
+UPPER, LOWER = ("".join(letter for letter in LATIN if test(letter)) for test in (str.isupper, str.islower))
+NAME_WORD = rf"(?:[OD]['’])?[{UPPER}][{LOWER}]+(?:['’-](?!s\b)[{UPPER}]?[{LOWER}]+|[{UPPER}][{LOWER}]+)*"
+NAME_RUN = rf"{NAME_WORD}(?:\s+(?:[A-Z]\.?\s+)?(?:(?:de|da|dos|del|van|von|der|den|bin|binti|al|el|la|le|du|ap|ab|ben|ibn|te|ter|ten|af|y)\s+)*{NAME_WORD})*"
+KIN = r"(?:son|daughter|wife|husband|mother|father|mom|mum|dad|brother|sister|uncle|aunt(?:ie|y)?|niece|nephew|cousin|friend|partner|baby|babies|twins?|girls?|boys?|kids?|child|children|little (?:one|boy|girl)|grand(?:son|mother|father|daughter|ma|pa)|(?:boy|girl)friend|fianc[eé]e?|colleague|neighbou?r|(?:flat|room|house|class)?mate|pal|boss|carer|care ?giver|helper|nanny|maid|midwife|physio(?:therapist)?|therapist|dentist|consultant|pharmacist)"
 INITIALS = r"(?:[A-Z]\.\s?){1,3}"
 TITLED = re.compile(rf"\b(?:[Dd]r|DR|[Mm]rs?|MRS?|[Mm]s|MS|[Pp]rof|[Pp]rofessor|Shri|Smt)\b\.?\s+(?P<value>(?:{INITIALS})?{NAME_RUN}|[A-Z]{{3,}}(?:\s+[A-Z]{{3,}})*|[a-z]{{3,}}(?:\s+[a-z]{{3,}})?)")
 CUED = re.compile(rf"\b(?:[Nn]ame(?: of (?:the )?patient)?(?:\s+is|['’]s|\s*:)|NAME\s*:|(?:am|son|daughter|friend|man|woman|boy|girl|doctor|nurse|someone|lady|guy|colleague|baby|kid|child) (?:called|named)|[Rr]egards|[Ss]incerely|[Ss]igned(?: by)?|[Yy]ours(?: truly| faithfully| sincerely)?|[Cc]heers(?=,)|[Bb]est(?: wishes)?(?=,)|[Ll]ove(?=,))[,:]?\s+(?P<value>(?:{INITIALS})?{NAME_RUN}|[a-z]{{3,}}(?:\s+[a-z]{{3,}})?|[A-Z]{{3,}}(?:\s+[A-Z]{{3,}})*)")
-INTRODUCED = re.compile(rf"\b(?:(?P<person>[Tt]his is|(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur)\s+(?:\w+[- ])?(?:son|daughter|wife|husband|mother|father|mom|mum|dad|brother|sister|uncle|aunt|niece|nephew|cousin|friend|partner|baby|grand(?:son|mother|father|daughter)|boyfriend|girlfriend|fianc[eé]e?|colleague|neighbou?r)|[Ss]een by|[Rr]eferred by|[Ss]poke (?:to|with)|[Dd]ear)|I am|I['’]m|[Hh]i|[Hh]ello|[Hh]ey|[Tt]hanks|[Tt]hank you|[Pp]atient(?!:)|[Dd]octor(?!:)|[Ss]ister|[Nn]urse|[Uu]ncle|[Aa]unt(?:ie|y)?|[Uu]nder)(?P<gap>[,:]?\s+)(?P<value>(?:{INITIALS})?{NAME_RUN})")
+INTRODUCED = re.compile(rf"\b(?:(?P<person>[Tt]his is|(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur|[Tt]heir)\s+(?:[\w'’-]+\s+|\w+-){{0,3}}?{KIN}|[Tt]he (?:midwife|physio|carer|dentist|therapist|pharmacist)|(?:[Ff]ather|[Mm]other|[Pp]arents?|[Mm](?:um|om)|[Dd]ad|[Ww]ife|[Hh]usband|[Ss]on|[Dd]aughter) of|(?:[Hh]e|[Ss]he|[Ww]ho|[Tt]hey) (?:is|are|was) called|[Cc]all(?:s|ed)? (?:him|her|me)|[Gg]oes by|[Gg]rand(?:ma|pa|dad)|[Gg]ranny|Nurse|Sister|Midwife|Matron|[Ss]een by|[Rr]eferred by|[Ss]poke (?:to|with)|[Dd]ear)|I am|I['’]m|[Hh]i|[Hh]ello|[Hh]ey|[Tt]hanks|[Tt]hank you|[Pp]atient(?!:)|[Dd]octor(?!:)|[Ss]ister|[Nn]urse|[Uu]ncle|[Aa]unt(?:ie|y)?|[Uu]nder)(?P<gap>[,:]?\s+)(?P<value>(?:{INITIALS})?{NAME_RUN})")
+AND_MORE = re.compile(rf"\s+(?:and|&)\s+({NAME_RUN})")
+BRACKETED = re.compile(rf"\b{KIN}\s*\((?P<value>{NAME_RUN})\)")
+GREETED = re.compile(rf"\b(?:[Hh]i|[Hh]ello|[Hh]ey|[Dd]ear)\s+(?P<value>{NAME_WORD})(?=,|\n)")
+KIN_NAMED = re.compile(rf"\b(?:my|his|her|our)\s+(?:\w+\s+)?{KIN},?\s+(?P<value>[a-z]{{4,}})\b")
+SIGNATURE = re.compile(rf"(?:[.!?]\s+|\n\s*)(?P<value>{NAME_WORD}\s+{NAME_RUN})\s*\Z")
+AGE = r",?\s+aged?\s+\d{1,3}\b|,\s*\d{1,2},?\s+(?:years?|yrs?|male|female|man|woman|boy|girl|diabetic|smoker|needs?|asks?|wants|who|has|had|and (?:I|my))\b"
+# what is said of people, and of little else
+FOLLOWED = re.compile(rf"\s+\((?:my|our|his|her)\s+(?:\w+\s)?{KIN}\b|(?:{AGE})|\s+here\b(?=[,.!]|\s+again)|\s+aunt(?:y|ie)?\b|\s+and I\b|\s+again about\b|['’]s\s+(?:fever|temperature|blood pressure|BP|sugar|weight|pulse|iron|PSA|ha?emoglobin|appetite|mother|father|parents|doctor|school)\b")
+SAID = re.compile(r"\s+(?:says|said|thinks|told (?:me|us|him|her)|asked (?:me|us|for|if|whether)|wants|drinks|sleeps|weighs|phoned|rang|cries|refuses|snores|complains|lent|coughs|vomits)\b")
+ASKED = re.compile(r"\s+(?:fast|eat|go|sleep|travel|fly|drink|exercise|still|safely|have (?:the|a|this))\b")
+SHOUTED = re.compile(rf"(?:\A|(?<=[.!?\n]))\s*(?P<value>[{UPPER}]{{2,}}(?:[\s-][{UPPER}]{{2,}}){{1,3}})(?={AGE})")
+WHISPERED = re.compile(r"\A\s*(?:hi|hello|hey)\b[ \w]{0,8},?\s+(?:(?P<value>[a-z]{3,12})(?=\s+here\b)|(?:it['’]?s|this is)\s+(?P<other>(?!urgent|important|about|regarding|been|very|really|just|for|the|not)[a-z]{3,12})(?=,))", re.IGNORECASE)
 BARE = re.compile(rf"(?<![\w-])(?:{INITIALS}{NAME_WORD}|{NAME_RUN})")
 
 # %% ../../nbs/api/12a_phi.ipynb #3a8ff169
@@ -202,14 +219,53 @@ def names(
                 known = "likely" if (match["person"] and (match["gap"].isspace() or apposed)) or "\n" in match["gap"] else "listed"
             if span := _trim(text, match.start("value"), match.end("value"), known):
                 yield span
+                if more := AND_MORE.match(text, span.end):  # "our twins, Ilse and Maarten"
+                    yield from filter(None, [_trim(text, more.start(1), more.end(1), "likely")])
+    yield from _by_what_is_said(text)
     possible = name_lists()["first"]
     for match in BARE.finditer(text):
+        if _spoken_of(text, match) and (span := _trim(text, match.start(), match.end(), "likely")):
+            yield span
+            continue
         if "." not in match.group() and possible.isdisjoint(match.group().split()):
             continue  # most capitalised words
         for start in _given_names(match.group(), match.start()):
             if span := _trim(text, start, match.end(), "bare"):
                 yield span
                 break
+
+# %% ../../nbs/api/12a_phi.ipynb #c9d831a9
+def _by_what_is_said(
+    text: str,  # any text
+) -> Iterator[Span]:
+    "Names by their place: in brackets behind a relation, under a letter, shouted before an age, whispered in a greeting"
+    for pattern in (BRACKETED, GREETED, SIGNATURE):
+        for match in pattern.finditer(text):
+            if span := _trim(text, match.start("value"), match.end("value"), "likely"):
+                yield span
+    for match in KIN_NAMED.finditer(text):  # "my sister anjali", but not "my sister rose to leave"
+        if match["value"].capitalize() in name_lists()["given"]:
+            yield Span(match.start("value"), match.end("value"), "NAME")
+    for match in SHOUTED.finditer(text):
+        yield Span(match.start("value"), match.end("value"), "NAME")
+    if match := WHISPERED.match(text):
+        group = "value" if match["value"] else "other"
+        if match[group].capitalize() not in NOT_NAMES:
+            yield Span(match.start(group), match.end(group), "NAME")
+
+
+def _spoken_of(
+    text: str,  # the text
+    match: re.Match,  # a run of capitalised words in it
+) -> bool:
+    "Whether what follows a run is said of people only"
+    if FOLLOWED.match(text, match.end()):
+        return True
+    if SAID.match(text, match.end()):  # a sentence starts with a capital whatever its first word is
+        before = text[max(0, match.start() - 8):match.start()].rstrip(" \t\"'(")
+        return bool(before) and before[-1] not in ".!?\n:;"
+    first, *more = match.group().split()
+    return bool(more) and first in ("Should", "Can", "Could", "May", "Will", "Does", "Is") and ASKED.match(text, match.end()) is not None
 
 
 def _given_names(

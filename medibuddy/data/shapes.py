@@ -5,13 +5,14 @@
 # %% ../../nbs/api/10b_shapes.ipynb #96016e7e
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .example import DECISIONS, Example, content_id
+from .example import DECISIONS, Example, Turn, content_id
 from .files import literal
 from ..recipe import nearest
 from ..run import UsageError
@@ -244,6 +245,43 @@ def _plain(
     fields["id"] = fields["id"] or content_id("plain", question, optional["context"], answer, optional["reasoning"])
     return Example(question=question, answer=answer, decision=decision, **optional, **fields)
 
+# %% ../../nbs/api/10b_shapes.ipynb #08f84f37
+ASKING, ANSWERING, SYSTEM = ("user", "human", "patient"), ("assistant", "gpt", "doctor", "bot", "model"), ("system",)
+
+
+def _messages(
+    value: Any,  # the cell: a list of messages, or text that spells one
+) -> list[tuple[str, str]]:  # role ("user" or "assistant") and text, system messages left out
+    "The messages of a conversation; raises `RowFault`"
+    value = literal(value) if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise RowFault("messages are not a list of objects", value)
+    messages = []
+    for message in value:
+        role, text = (_present(message.get(names[0], message.get(names[1]))) for names in (("role", "from"), ("content", "value")))
+        kind = next((kind for kind, names in (("user", ASKING), ("assistant", ANSWERING), ("system", SYSTEM)) if str(role).lower() in names), None)
+        if kind is None or not isinstance(text, str):
+            raise RowFault("a message without a known role or without text", message)
+        if kind != "system":
+            messages.append((kind, text))
+    return messages
+
+
+def _conversation(
+    row: dict,  # one row as read
+) -> Example:
+    "A conversation as an `Example`"
+    fields = _common(row, "conversation")
+    messages = _messages(_cell(row, "messages", "conversations", "conversation"))
+    roles = [role for role, _ in messages]
+    if not messages or roles != ["user", "assistant"] * (len(messages) // 2):
+        raise RowFault("the turns do not alternate from a question to an answer", " ".join(roles))
+    if not all(text.strip() for _, text in messages):
+        raise RowFault("an empty message")
+    pairs = [(messages[number][1], messages[number + 1][1]) for number in range(0, len(messages), 2)]
+    fields["id"] = fields["id"] or content_id("conversation", pairs[0][0], None, pairs[0][1], json.dumps(pairs[1:]))
+    return Example(question=pairs[0][0], answer=pairs[0][1], turns=tuple(Turn(*pair) for pair in pairs[1:]) or None, **fields)
+
 # %% ../../nbs/api/10b_shapes.ipynb #662b0f0e
 @dataclass(frozen=True)
 class Shape:
@@ -251,14 +289,19 @@ class Shape:
     adapt: Callable[[dict], Example]  # one row to one example; raises `RowFault`
     columns: tuple[tuple[str, ...], ...]  # required columns, each with its accepted spellings
     licence: str  # what the published data set may be used for
+    notice: str = ""  # what whoever uses such rows must be told
+    dialogue: bool = False  # are these the words of patients, which pass the PHI gate?
+    courtesies: bool = False  # do answers carry greetings and sign-offs, which are taken off?
 
 
 SHAPES = {
     "pubmedqa": Shape(_pubmedqa, (("question", "QUESTION"), ("context", "CONTEXTS", "context.contexts"), ("long_answer", "LONG_ANSWER"), ("final_decision",)), "MIT"),
     "medical-o1": Shape(_medical_o1, (("Question",), ("Complex_CoT",), ("Response",)), "Apache-2.0"),
-    "healthcaremagic": Shape(_healthcaremagic, (("input",), ("output",)), "none stated: research use only, do not redistribute rows"),
+    "healthcaremagic": Shape(_healthcaremagic, (("input",), ("output",)), "none stated: research use only, do not redistribute rows",
+        "HealthCareMagic states no licence and holds patient dialogues: research use only, do not redistribute rows or publish a model without asking.", dialogue=True, courtesies=True),
     "medqa": Shape(_medqa, (("question",), ("options",), ("answer_idx",)), "CC-BY-4.0"),
     "medmcqa": Shape(_medmcqa, (("question",), ("opa",), ("opb",), ("opc",), ("opd",), ("cop",)), "Apache-2.0"),
+    "conversation": Shape(_conversation, (("messages", "conversations", "conversation"),), "not known: the file's own", dialogue=True),
     "plain": Shape(_plain, (("question",), ("answer", "decision")), "not known: the file's own"),
 }
 

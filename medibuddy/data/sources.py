@@ -5,7 +5,9 @@
 # %% ../../nbs/api/11_sources.ipynb #3778ba24
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..recipe import nearest
 from ..run import UsageError, read_json
 
 # %% auto #0
-__all__ = ['EMBEDDED_ROWS', 'EMBEDDED_FILES', 'OFFICIAL_TEST_IDS', 'adapt_rows', 'load_with_report', 'load_examples',
+__all__ = ['EMBEDDED_ROWS', 'EMBEDDED_FILES', 'OFFICIAL_TEST_IDS', 'adapt_rows', 'say_once', 'load_with_report', 'load_examples',
            'named_splits']
 
 # %% ../../nbs/api/11_sources.ipynb #312e759f
@@ -79,6 +81,15 @@ def _name_of(
     known = next((row[name] for name in ("id", "pubid", "pmid", "PMID") if row.get(name)), None) if isinstance(row, dict) else None
     return place if known is None or str(known) in place else f"{place} (id {str(known)[:60]})"
 
+# %% ../../nbs/api/11_sources.ipynb #ade42072
+@lru_cache(None)
+def say_once(
+    text: str,  # a notice; an empty one is not said
+) -> None:
+    "Tell the user on standard error, once in a process"
+    if text:
+        print(f"notice: {text}", file=sys.stderr)
+
 # %% ../../nbs/api/11_sources.ipynb #70b379ea
 EMBEDDED_ROWS = Path(medibuddy.__file__).parent / "embedded" / "rows"
 EMBEDDED_FILES = {"pubmedqa.jsonl": "pubmedqa", "medical_o1.jsonl": "medical-o1", "healthcaremagic.jsonl": "healthcaremagic"}
@@ -99,6 +110,7 @@ def load_with_report(
         remedy = "the embedded rows are in the package; leave the path out, or say the file's shape" if path else "give the path of the file (--data FILE)"
         raise UsageError(f"`source` is {source!r} and `path` is {path!r}: {remedy}.")
     if path is not None:
+        say_once(SHAPES[source].notice)
         return adapt_rows(iterate_rows(path), source, path, limit, columns)
     parts = [adapt_rows(iterate_rows(EMBEDDED_ROWS / name), shape, EMBEDDED_ROWS / name) for name, shape in EMBEDDED_FILES.items()]
     examples = [example for part, _ in parts for example in part]

@@ -9,11 +9,11 @@ import hashlib
 import math
 
 from .example import Example
-from .leaks import Leak, find_leaks, normalise
+from .leaks import Leak, asked, find_leaks, normalise
 from ..run import UsageError
 
 # %% auto #0
-__all__ = ['PASSAGE_WORDS', 'group_key', 'position', 'draw', 'split_examples', 'stratification']
+__all__ = ['PASSAGE_WORDS', 'group_key', 'position', 'draw', 'split_examples', 'divide', 'stratification']
 
 # %% ../../nbs/api/13_splits.ipynb #085ad9d2
 PASSAGE_WORDS = 20  # a shorter context is a remark, not a source article
@@ -28,7 +28,7 @@ def group_key(
     context = normalise(example.context or "")
     if context.count(" ") + 1 >= PASSAGE_WORDS:
         return f"passage {context}"
-    return f"question {normalise(example.question)} {context}"
+    return f"question {normalise(asked(example)[0])} {context}"
 
 # %% ../../nbs/api/13_splits.ipynb #3a51ac3b
 def position(
@@ -55,6 +55,17 @@ def split_examples(
     named: dict[str, list[str]] | None = None,  # ids by split, from `named_splits`; None draws all
 ) -> dict[str, list[Example]]:  # "train", "validation" and "test", each in file order
     "Divide rows by their content; raises `UsageError` where no training or no test row comes out"
+    splits, fractions = divide(examples, fractions, named)
+    _check_sizes(splits, examples, fractions, named is not None)
+    return splits
+
+
+def divide(
+    examples: list[Example],  # clean rows of one source
+    fractions: tuple[float, float, float],  # shares of training, validation and test; ignored for what `named` fixes
+    named: dict[str, list[str]] | None,  # ids by split; None draws all
+) -> tuple[dict[str, list[Example]], tuple[float, float, float]]:  # rows by split, and the shares that were drawn
+    "Divide rows, even where a split comes out empty"
     if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         raise UsageError(f"`fractions` is {fractions!r}, give three shares that add up to 1, e.g. (0.8, 0.1, 0.1).")
     places = {name: split for split in ("validation", "test") for name in (named or {}).get(split, [])}
@@ -67,8 +78,7 @@ def split_examples(
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     for example in examples:
         splits[places.get(example.id) or draw(example, fractions)].append(example)
-    _check_sizes(splits, examples, fractions, named is not None)
-    return splits
+    return splits, fractions
 
 
 def _check_sizes(
