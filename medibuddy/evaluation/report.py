@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MISSING_AFTER', 'SHOWN', 'MOST_LISTED', 'NOTICE', 'FIGURES', 'TEMPLATES', 'read_if_there', 'pair_answers',
            'describe_answer', 'mark', 'collect', 'choose_answers', 'list_answers', 'shorten', 'headline',
-           'majority_line', 'warnings', 'leak_line', 'view', 'model_name', 'markdown_cell', 'fenced', 'environment',
-           'render_markdown', 'render_html', 'render_run', 'write_report']
+           'majority_line', 'warnings', 'not_computed', 'leak_line', 'view', 'model_name', 'markdown_cell', 'fenced',
+           'environment', 'render_markdown', 'render_html', 'render_run', 'write_report']
 
 # %% ../../nbs/api/45_report.ipynb #d6377d3a
 from base64 import b64encode
@@ -17,9 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import medibuddy
 from ..data.example import Example
 from .figures import draw_figures
+from .measures import MEASURE_NAMES
 from .metrics import decided, text_scores
 from .paired import spell_p
-from .tables import SPACE, class_table, cost_table, data_table, environment_table, file_table, headline_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
+from .tables import SPACE, class_table, cost_table, data_table, environment_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
 from ..recipe import Recipe
 from ..run import UsageError, open_run, read_json, read_jsonl, sha256_text, write_atomic
 
@@ -207,6 +208,19 @@ def warnings(
     return found
 
 
+def not_computed(
+    facts: dict,  # as `report.collect` gives them
+) -> str:  # "" when every measure was computed
+    "Name the measures that are missing, and why"
+    missing = facts["metrics"].get("base", {}).get("texts", {}).get("not_computed", {})
+    reasons: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        reasons.setdefault(reason, []).append(MEASURE_NAMES.get(name, "BERTScore"))
+    signatures = facts["metrics"].get("base", {}).get("texts", {}).get("signatures", {})
+    told = [f"{MEASURE_NAMES.get(name, 'ROUGE')}: {signature}." for name, signature in signatures.items()]
+    return " ".join([*told, *(f"{', '.join(names)}: {reason}." for reason, names in reasons.items())])
+
+
 def leak_line(
     facts: dict,  # as `report.collect` gives them
 ) -> str:
@@ -234,9 +248,13 @@ def view(
         "majority": majority_line(facts),
         "warnings": warnings(facts),
         "methods": f"Difference of accuracies: {comparison['difference']['accuracy_ci_method']}. Macro-F1: {comparison['difference']['bootstrap_method']}. Token F1: {comparison['text']['method']}. The p-values of the sources are adjusted by Holm's method.",
+        "not_computed": not_computed(facts),
         "leaks": leak_line(facts),
         "tables": {
             "headline": headline_table(facts), "sources": source_table(facts), "classes": class_table(facts), "specialties": specialty_table(facts), "data": data_table(facts),
+            "measures": measure_table(facts), "official": official_table(facts),
+            "types": group_table(facts, "by_question_type", "Question", "Types of question."),
+            "lengths": group_table(facts, "by_answer_length", "Reference answer", "Length of the reference answer."),
             "settings": setting_table(facts), "cost": cost_table(facts), "environment": environment_table(facts), "files": file_table(facts),
         },
         "figures": {name: {"caption": FIGURES[name][0], "alt": FIGURES[name][1]} for name in FIGURES if name in drawn},
