@@ -215,7 +215,9 @@ def setting_table(
     parameters = [train.get("trainable_parameters"), train.get("total_parameters")]
     if all(parameters):
         rows.append(["trained parameters", f"{thousands(parameters[0])} of {thousands(parameters[1])} ({100 * parameters[0] / parameters[1]:.2f} %)"])
-    return table("Settings. Both models answered greedily, with the same prompts and limits.", ["Setting", "Value"], rows, prose=True)
+    drawn = facts["recipe"].get("eval", {}).get("temperature")
+    how = f"Both models’ answers were drawn at temperature {drawn}" if drawn else "Both models answered greedily"
+    return table(f"Settings. {how}, with the same prompts and limits.", ["Setting", "Value"], rows, prose=True)
 
 
 def cost_table(
