@@ -17,6 +17,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from ..data.example import Example
 from .consultation import CONSULTATION_NAMES, consultation_scores
+from .errors import count_errors
 from .texts import answer_pairs, summarise_texts, text_statistics, token_f1
 from ..run import UsageError
 
@@ -232,5 +233,6 @@ def metrics(
         "by_answer_length": scores_by(rows, labels, f1s, [example and answer_length(example) for example in examples]),
         "texts": summarise_texts(stats),
         "consultation": consultation_summary(rows, pairs),
+        "errors": count_errors(rows, references),
         "pubmedqa_official": pubmedqa_scores(rows, references),
     }

@@ -17,10 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import medibuddy
 from ..data.example import Example
 from .figures import draw_figures
+from .errors import error_types
 from .measures import MEASURE_NAMES
 from .metrics import decided, text_scores
 from .paired import spell_p
-from .tables import SPACE, class_table, cost_table, data_table, environment_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
+from .tables import SPACE, class_table, cost_table, data_table, environment_table, error_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
 from ..recipe import Recipe
 from ..run import UsageError, open_run, read_json, read_jsonl, sha256_text, write_atomic
 
@@ -55,13 +56,14 @@ def describe_answer(
 ) -> dict:  # JSON-ready
     "One question with both answers and what changed"
     marks = [mark(row) for row in (base, tuned)]
+    faults = [error_types(row, example) for row in (base, tuned)]
     gain = (tuned["token_f1"] or 0.0) - (base["token_f1"] or 0.0)
     change = {("right", "right"): "still right"}.get(tuple(marks), "gained" if marks[1] == "right" else "lost" if marks[0] == "right" else "still wrong")
     if example.decision is None:
         change = "closer" if gain > 0 else "further" if gain < 0 else "unchanged"
     return {
         "id": example.id, "source": example.source, "specialty": example.specialty or "", "question": example.question, "prompt": base["prompt"],
-        "reference": example.answer, "gold": example.decision, "change": change, "gain": gain,
+        "reference": example.answer, "gold": example.decision, "change": change, "gain": gain, "faults": faults[1],
         **{name: {"text": row["text"].strip(), "decision": decided(row), "mark": label, "token_f1": row["token_f1"]} for name, row, label in (("base", base, marks[0]), ("tuned", tuned, marks[1]))},
     }
 
@@ -111,6 +113,7 @@ def choose_answers(
     if graded:
         ordered = sorted(graded, key=lambda answer: sha256_text(answer["id"]))
         kinds = [[a for a in ordered if a["change"] in names] for names in (("lost",), ("gained",), ("still wrong", "still right"))]
+        kinds[0].sort(key=lambda answer: (-len(answer["faults"]), answer["gain"]))  # the worst first; equals stay in the order of the hash
     else:
         ordered = sorted(answers, key=lambda answer: (answer["gain"], sha256_text(answer["id"])))
         kinds = [[a for a in ordered if a["gain"] < 0], [a for a in ordered[::-1] if a["gain"] > 0], [a for a in ordered if a["gain"] == 0]]
@@ -131,7 +134,7 @@ def list_answers(
         return side["decision"] or (side["mark"] if side["token_f1"] is None or side["mark"] != "not graded" else f"F1 {100 * side['token_f1']:.0f}")
 
     return [
-        {"id": a["id"], "question": shorten(a["question"], 200), "source": a["source"], "gold": a["gold"] or "", "base": spell(a["base"]), "tuned": spell(a["tuned"]), "change": a["change"]}
+        {"id": a["id"], "question": shorten(a["question"], 200), "source": a["source"], "gold": a["gold"] or "", "base": spell(a["base"]), "tuned": spell(a["tuned"]), "change": a["change"], "faults": ", ".join(a["faults"])}
         for a in answers[:MOST_LISTED]
     ]
 
@@ -252,7 +255,7 @@ def view(
         "leaks": leak_line(facts),
         "tables": {
             "headline": headline_table(facts), "sources": source_table(facts), "classes": class_table(facts), "specialties": specialty_table(facts), "data": data_table(facts),
-            "measures": measure_table(facts), "official": official_table(facts),
+            "errors": error_table(facts), "measures": measure_table(facts), "official": official_table(facts),
             "types": group_table(facts, "by_question_type", "Question", "Types of question."),
             "lengths": group_table(facts, "by_answer_length", "Reference answer", "Length of the reference answer."),
             "settings": setting_table(facts), "cost": cost_table(facts), "environment": environment_table(facts), "files": file_table(facts),
@@ -261,7 +264,7 @@ def view(
         "flips": comparison["flips"] if comparison["n"] else None,
         "chosen": choose_answers(facts["answers"]),
         "chosen_by": (
-            "regressions first, then gains, then unchanged ones, each in the order of a hash of the row’s id"
+            "regressions first, those with most faults and the greatest loss of token F1 on top, then gains, then unchanged ones in the order of a hash of the row’s id"
             if comparison["n"]
             else "those that moved furthest away from their reference first, then those that came closest, then unchanged ones"
         ),

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'SPACE', 'HUMAN', 'percent', 'with_interval', 'signed_points', 'thousands', 'bare_p', 'duration', 'table',
            'headline_table', 'source_table', 'class_table', 'group_table', 'specialty_table', 'measure_table',
-           'official_table', 'data_table', 'setting_table', 'cost_table', 'environment_table', 'file_table']
+           'error_table', 'official_table', 'data_table', 'setting_table', 'cost_table', 'environment_table',
+           'file_table']
 
 # %% ../../nbs/api/44a_tables.ipynb #58cb341f
 from pathlib import PurePath
@@ -169,6 +170,16 @@ def measure_table(
         for name, part in facts["comparison"].get("measures", {}).items()
     ]
     return table("Every measure. Brackets: 95 % intervals, in percentage points. The last column is adjusted over all rows of this table (Holm).", ["Measure", "n", "Base", "Tuned", "Difference", "p", "p, Holm"], rows)
+
+
+def error_table(
+    facts: dict,  # as `report.collect` gives them
+) -> dict | None:  # None when no rule finds anything
+    "What is wrong with the answers"
+    base, tuned = (facts["metrics"].get(which, {}) for which in ("base", "tuned"))
+    counts = [(name, count, tuned.get("errors", {}).get(name, 0)) for name, count in base.get("errors", {}).items()]
+    rows = [[name.capitalize(), f"{before} of {base['rows']}", f"{after} of {tuned['rows']}", f"{after - before:+d}".replace("-", "−")] for name, before, after in counts if (before or after) and tuned]
+    return table("What is wrong with the answers, by rule. An answer may have several faults; an unsupported number is one that its prompt does not contain.", ["", "Base", "Tuned", "Difference"], rows)
 
 
 HUMAN = (("One annotator, reading the abstract", 0.780, 0.722),)  # PubMedQA’s single human performance, reasoning required (Jin et al. 2019)
