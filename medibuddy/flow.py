@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'claim_run', 'reopen_run', 'source_sha256', 'drop_leaking_rows', 'fit_rows', 'account_for', 'prepare_rows',
            'do_prepare', 'prepare', 'read_split', 'announce', 'do_train', 'train', 'locked_run', 'encode_questions',
-           'task_labels', 'guard_prompts', 'do_generate', 'do_score', 'evaluate', 'compare', 'report', 'demo']
+           'task_labels', 'guard_prompts', 'add_likelihoods', 'do_generate', 'do_score', 'evaluate', 'compare',
+           'report', 'demo']
 
 # %% ../nbs/api/80_flow.ipynb #a1d060f4
 import os
@@ -286,6 +287,22 @@ def guard_prompts(
     check_prompts(test, prompts, [turn["content"] for turn in shot_turns(shots)])
 
 # %% ../nbs/api/80_flow.ipynb #fe80b202
+def add_likelihoods(
+    rows: list[dict],  # generations rows, in the order of `test`
+    model: Any,  # a Transformers model in evaluation mode
+    tokenizer: Any,
+    test: list[Example],
+    recipe: Recipe,
+) -> list[dict]:  # the rows with `answer_tokens` and `answer_nll`; a row too long beside its reference has neither
+    "Score the reference answer of every test row, without worked examples in front"
+    from medibuddy.data.chat import encode_all
+    from medibuddy.evaluation.likelihood import answer_likelihoods
+
+    encoded, _, _ = encode_all([example for example in test if example.answer.strip()], tokenizer, recipe.model.max_seq_length)
+    scores = {row.id: score for row, score in zip(encoded, answer_likelihoods(model, encoded), strict=True)}
+    return [row | ({"answer_tokens": scores[row["id"]][0], "answer_nll": round(scores[row["id"]][1], 6)} if row["id"] in scores else {}) for row in rows]
+
+# %% ../nbs/api/80_flow.ipynb #3e5fafb8
 def do_generate(
     run: Run,
     recipe: Recipe,
@@ -315,6 +332,8 @@ def do_generate(
         partial = run.path / "generations" / f".{which}-{sha256_text(source + to_json(asdict(recipe.eval)))[:12]}.partial"
         partial.parent.mkdir(parents=True, exist_ok=True)
         rows = generate_answers(model, tokenizer, test, prompts, recipe.eval, partial, f"answers of the {which} model")
+        if recipe.eval.perplexity:
+            rows = add_likelihoods(rows, model, tokenizer, test, recipe)
         write_jsonl(run.path / output, rows)
         partial.unlink(missing_ok=True)
         facts |= {"rows": len(rows), "new_tokens": sum(sample["new_tokens"] for row in rows for sample in row.get("samples", [row])), "context_cut": sum(p.cut_tokens > 0 for p in prompts), "hardware": hardware.to_dict()}

@@ -114,7 +114,7 @@ def linked(
     line = text[text.rfind("\n", 0, marker.start()) + 1 : marker.start()]
     return "\n" in gap and not line.strip(" #*_>-")  # a heading above the value
 
-
+# %% ../../nbs/api/41_extract.ipynb #1bd6732b
 def marked_claims(
     text: str,  # blanked text, ending where the answer ends
     here: int,  # first character of the answer
@@ -261,7 +261,7 @@ def answered_claim(
         return None
     return Claim(as_label(value[0], spelled.labels), value.start(), value.end(), standing(text, value.start(), value.end(), spelled), "answered question")
 
-
+# %% ../../nbs/api/41_extract.ipynb #e71f1302
 def without_lists(
     text: str,  # blanked text
     claims: list[Claim],  # in the order of the text

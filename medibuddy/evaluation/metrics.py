@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['WORD_LABELS', 'UNPARSEABLE', 'QUESTION_WORD', 'task_labels', 'decided', 'wilson', 'share', 'class_scores',
            'majority_class', 'text_scores', 'mean', 'group_scores', 'scores_by', 'question_type', 'answer_length',
-           'pubmedqa_scores', 'consultation_summary', 'check_rows', 'metrics']
+           'pubmedqa_scores', 'perplexity', 'consultation_summary', 'check_rows', 'metrics']
 
 # %% ../../nbs/api/42_metrics.ipynb #5baecd84
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -182,6 +183,15 @@ def pubmedqa_scores(
     return {"n": len(kept), "accuracy": float(accuracy_score(gold, found)), "macro_f1": float(f1_score(gold, found, labels=labels, average="macro", zero_division=0))}
 
 
+def perplexity(
+    rows: list[dict],  # generations rows
+) -> dict | None:  # rows, tokens and value; None where no reference answer was scored
+    "Exponential of the mean negative log-likelihood of the reference answers' tokens"
+    scored = [row for row in rows if "answer_nll" in row]
+    tokens = sum(row["answer_tokens"] for row in scored)
+    return {"rows": len(scored), "tokens": tokens, "value": math.exp(math.fsum(row["answer_nll"] for row in scored) / tokens)} if tokens else None
+
+
 def consultation_summary(
     rows: list[dict],  # generations rows
     pairs: list[tuple[str, str] | None],  # as `answer_pairs` gives them
@@ -232,6 +242,7 @@ def metrics(
         "by_question_type": scores_by(rows, labels, f1s, [example and question_type(example) for example in examples]),
         "by_answer_length": scores_by(rows, labels, f1s, [example and answer_length(example) for example in examples]),
         "texts": summarise_texts(stats),
+        "perplexity": perplexity(rows),
         "consultation": consultation_summary(rows, pairs),
         "errors": count_errors(rows, references),
         "pubmedqa_official": pubmedqa_scores(rows, references),

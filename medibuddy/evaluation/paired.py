@@ -19,7 +19,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from ..data.example import Example
-from .measures import Measure, compare_measures, consultation_family, holm, text_family
+from .measures import Measure, compare_measures, consultation_family, holm, perplexity_of, text_family
 from .metrics import check_rows, class_scores, decided, mean, share, task_labels, text_scores, wilson
 from .texts import answer_pairs
 from ..run import UsageError
@@ -335,6 +335,9 @@ def compare_family(
         found["accuracy"] = accuracy | {"difference_ci": graded["difference"]["accuracy_ci"], "p": graded["mcnemar_p"]}
         found |= compare_measures({"macro_f1": macro_f1_measure(with_gold, labels)})
         found["macro_f1"]["difference_ci"] = graded["difference"]["macro_f1_ci"]  # one interval in every table
+    scored = [pair for pair in pairs if all("answer_nll" in row for row in pair)]
+    if scored:
+        found |= compare_measures({"perplexity": Measure(*(np.array([(pair[i]["answer_nll"], pair[i]["answer_tokens"]) for pair in scored]) for i in (0, 1)), perplexity_of)})
     sides = [answer_pairs([pair[i] for pair in pairs], references) for i in (0, 1)]
     kept = [i for i, pair in enumerate(sides[0]) if pair]
     found |= compare_measures(text_family(*([side[i] for i in kept] for side in sides))) if kept else {}

@@ -154,6 +154,8 @@ NOTICE = (
 FIGURES = {  # name -> caption, text for those who cannot see it
     "accuracy": ("Accuracy before and after tuning, with 95 % Wilson intervals. The dotted line is what always giving the most frequent answer would score.", "Bars of the accuracy of base and tuned model; the numbers are in the tables."),
     "token_f1": ("Mean token F1 with the reference answers, before and after tuning.", "Bars of the mean token F1 of base and tuned model; the numbers are in the tables."),
+    "length": ("Accuracy by the length of the reference answer, with 95 % Wilson intervals.", "Bars of the accuracy of base and tuned model by length of the reference; the numbers are in the table."),
+    "specialty": ("Accuracy by specialty, the twelve largest, with 95 % Wilson intervals.", "Bars of the accuracy of base and tuned model by specialty; the numbers are in the table."),
     "confusion": ("Decisions read from the answers against the gold decisions. The last column counts answers that state no readable decision.", "Confusion matrices of base and tuned model; recall and precision of each decision are in the table."),
     "flips": ("Questions that changed sides.", "Bars of questions gained and lost; the numbers are in the text."),
     "loss": ("Loss during training.", "Curve of the training loss by optimizer step."),

@@ -139,7 +139,7 @@ def class_table(
     ]
     return table("Precision, recall and F1 of each decision, and how often it was given.", ["Decision", "n", *(f"{side} {name}" for side in ("Base", "Tuned") for name in ("precision", "recall", "F1", "given"))], rows)
 
-
+# %% ../../nbs/api/44a_tables.ipynb #ebcac7c2
 def group_table(
     facts: dict,  # as `report.collect` gives them
     key: str,  # "by_specialty", "by_question_type" or "by_answer_length"
@@ -165,13 +165,17 @@ def measure_table(
     facts: dict,  # as `report.collect` gives them
 ) -> dict | None:
     "Every measure with the interval of its difference and its p-value"
-    rows = [
-        [MEASURE_NAMES[name], str(part["n"]), percent(part["base"]), percent(part["tuned"]), signed_points(part["difference"], part["difference_ci"]), bare_p(part["p"]), bare_p(part["p_holm"])]
-        for name, part in facts["comparison"].get("measures", {}).items()
-    ]
-    return table("Every measure. Brackets: 95 % intervals, in percentage points. The last column is adjusted over all rows of this table (Holm).", ["Measure", "n", "Base", "Tuned", "Difference", "p", "p, Holm"], rows)
+    def spell(name: str, part: dict) -> list[str]:
+        if name != "perplexity":  # the only one that is no share
+            return [percent(part["base"]), percent(part["tuned"]), signed_points(part["difference"], part["difference_ci"])]
+        low, high = part["difference_ci"] or (None, None)
+        interval = f" [{low:+.2f},{SPACE}{high:+.2f}]" if low is not None else ""
+        return [f"{part['base']:.2f}", f"{part['tuned']:.2f}", f"{part['difference']:+.2f}{interval}".replace("-", "−")]
 
+    rows = [[MEASURE_NAMES[name], str(part["n"]), *spell(name, part), bare_p(part["p"]), bare_p(part["p_holm"])] for name, part in facts["comparison"].get("measures", {}).items()]
+    return table("Every measure. Brackets: 95 % intervals of the difference, in percentage points except for perplexity. The last column is adjusted over all rows of this table (Holm).", ["Measure", "n", "Base", "Tuned", "Difference", "p", "p, Holm"], rows)
 
+# %% ../../nbs/api/44a_tables.ipynb #0fe3ae84
 def error_table(
     facts: dict,  # as `report.collect` gives them
 ) -> dict | None:  # None when no rule finds anything
