@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARTICLES', 'NO_PUNCTUATION', 'MEAN_MEASURES', 'CORPUS_MEASURES', 'NAMES', 'CORPUS_OF', 'BERTSCORE', 'squad_tokens',
-           'token_f1', 'exact_match', 'answer_pairs', 'missing_measures', 'sacrebleu_measures', 'text_statistics',
-           'bleu_of', 'chrf_of', 'summarise_texts']
+           'token_f1', 'exact_match', 'answer_pairs', 'missing_measures', 'sacrebleu_measures', 'rouge_scorer',
+           'pair_statistics', 'text_statistics', 'bleu_of', 'chrf_of', 'summarise_texts']
 
 # %% ../../nbs/api/41a_texts.ipynb #42edca86
 import re
 import string
 from collections import Counter
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -71,6 +72,7 @@ def missing_measures() -> dict[str, str]:  # measure -> why it is not computed; 
     return {name: f"not computed: {package} is not installed (pip install 'medibuddy[eval]')" for module, (package, names) in needs.items() if find_spec(module) is None for name in names}
 
 
+@lru_cache(maxsize=1)
 def sacrebleu_measures() -> dict[str, Any]:  # "bleu" and "chrf" with sacrebleu's defaults
     "The two measures of sacrebleu"
     from sacrebleu.metrics import BLEU, CHRF
@@ -80,24 +82,39 @@ def sacrebleu_measures() -> dict[str, Any]:  # "bleu" and "chrf" with sacrebleu'
         measure.num_refs = 1  # one reference a question, which the signature says
     return found
 
+# %% ../../nbs/api/41a_texts.ipynb #46a3ef6b
+@lru_cache(maxsize=1)
+def rouge_scorer() -> Any:
+    "rouge-score's scorer for the three measures"
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+
+
+@lru_cache(maxsize=1 << 16)  # scoring, comparing and checking a run meet the same answers again
+def pair_statistics(
+    answer: str,
+    reference: str,
+    measures: tuple[str, ...],  # which ones, all of NAMES where both libraries are installed
+) -> dict[str, Any]:  # measure -> value, or counts for BLEU and chrF
+    "Score one answer by every measure"
+    found = {"exact_match": exact_match(answer, reference), "token_f1": token_f1(answer, reference)}
+    if "rouge1" in measures:
+        found |= {name: score.fmeasure for name, score in rouge_scorer().score(reference, answer).items()}
+    if "bleu" in measures:
+        # the per-answer counts that sacrebleu's own significance tests add up
+        found |= {name: tuple(measure._extract_corpus_statistics([answer], [[reference]])[0]) for name, measure in sacrebleu_measures().items()}
+    return found
+
 
 def text_statistics(
     pairs: list[tuple[str, str]],  # answer and reference
 ) -> dict[str, np.ndarray]:  # measure -> [n] values, or [n, counts] for BLEU and chrF; without those whose library is missing
     "Score each answer by every measure"
     missing = missing_measures()
-    found = {"exact_match": [exact_match(*pair) for pair in pairs], "token_f1": [token_f1(*pair) for pair in pairs]}
-    if "rouge1" not in missing:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
-        rouge = [scorer.score(reference, answer) for answer, reference in pairs]
-        found |= {name: [row[name].fmeasure for row in rouge] for name in ("rouge1", "rouge2", "rougeL")}
-    if "bleu" not in missing and pairs:
-        answers, references = (list(side) for side in zip(*pairs))
-        # the per-answer counts that sacrebleu's own significance tests add up
-        found |= {name: measure._extract_corpus_statistics(answers, [references]) for name, measure in sacrebleu_measures().items()}
-    return {name: np.array(values, dtype=float) for name, values in found.items()}
+    measures = tuple(name for name in NAMES if name not in missing)
+    rows = [pair_statistics(*pair, measures) for pair in pairs]
+    return {name: np.array([row[name] for row in rows], dtype=float) for name in measures if rows or name not in CORPUS_MEASURES}
 
 # %% ../../nbs/api/41a_texts.ipynb #446077e2
 def bleu_of(
