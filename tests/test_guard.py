@@ -8,13 +8,15 @@ import sys
 import time
 
 import pytest
-from conftest import REAL_ROWS, environment, medibuddy, pubmedqa_rows
+from conftest import REAL_ROWS, environment, pubmedqa_rows
 
+from medibuddy import flow
 from medibuddy.data.chat import user_text
 from medibuddy.data.example import Example
 from medibuddy.data.sources import load_examples
 from medibuddy.evaluation.guard import check_prompts, gold_in_prompt
 from medibuddy.evaluation.shots import choose_shots
+from medibuddy.recipe import Recipe
 from medibuddy.run import UsageError, read_jsonl
 from medibuddy.verification import verify
 
@@ -70,10 +72,12 @@ def drawn_run(tmp_path_factory):
     "A small run with worked examples and three drawn answers a question"
     folder = tmp_path_factory.mktemp("drawn")
     (folder / "rows.json").write_text(json.dumps(pubmedqa_rows()), encoding="utf-8")
-    options = ["--set", "max_steps=2", "--set", "test_fraction=0.3", "--set", "max_new_tokens=12", "--set", "shots=2", "--set", "temperature=0.8", "--set", "top_p=0.9", "--set", "samples=3", "--set", "eval_batch_size=2"]
-    for command in (["train", "--data", folder / "rows.json", "--shape", "pubmedqa", "--run", folder / "run", *options], ["evaluate", folder / "run"], ["compare", folder / "run"], ["report", folder / "run"]):
-        done = medibuddy(*command)
-        assert done.returncode == 0, done.stderr
+    recipe = Recipe.load(
+        "tiny", path=str(folder / "rows.json"), source="pubmedqa", max_steps=2, test_fraction=0.3, max_new_tokens=12, shots=2, temperature=0.8, top_p=0.9, samples=3, eval_batch_size=2
+    )
+    flow.train(recipe, folder / "run")
+    for stage in (flow.evaluate, flow.compare, flow.report):
+        stage(folder / "run")
     return folder / "run"
 
 
@@ -110,16 +114,15 @@ def test_drawn_answers_go_on_after_a_kill_as_if_nothing_had_been(drawn_run, tmp_
         time.sleep(0.005)
     process.kill()
     process.wait()
-    assert medibuddy("evaluate", run).returncode == 0
+    flow.evaluate(run)
     assert [{**row, "seconds": 0} for row in read_jsonl(run / "generations" / "tuned.jsonl")] == [{**row, "seconds": 0} for row in whole]
 
 
-def test_a_leaking_row_stops_the_evaluation_with_status_two(tmp_path):
+def test_a_leaking_row_stops_the_evaluation_with_status_two(tmp_path, call):
     rows = pubmedqa_rows()
     for row in rows:
         row["context"]["contexts"].append(f"Final decision: {row['final_decision']}")
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    run = tmp_path / "run"
-    assert medibuddy("train", "--data", tmp_path / "rows.json", "--shape", "pubmedqa", "--run", run, "--set", "max_steps=1", "--set", "test_fraction=0.3").returncode == 0
-    done = medibuddy("evaluate", run)
-    assert done.returncode == 2 and "prompts hold their own answer" in done.stderr and "gold decision" in done.stderr
+    flow.prepare(Recipe.load("tiny", path=str(tmp_path / "rows.json"), source="pubmedqa", test_fraction=0.3), tmp_path / "run")
+    status, _, message = call("evaluate", tmp_path / "run", "--which", "base")
+    assert status == 2 and "prompts hold their own answer" in message and "gold decision" in message
