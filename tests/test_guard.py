@@ -121,7 +121,7 @@ def test_drawn_answers_go_on_after_a_kill_as_if_nothing_had_been(drawn_run, tmp_
 def test_a_leaking_row_stops_the_evaluation_with_status_two(tmp_path, call):
     rows = pubmedqa_rows()
     for row in rows:
-        row["context"]["contexts"].append(f"Final decision: {row['final_decision']}")
+        row["context"]["contexts"][0] += f" Final decision: {row['final_decision']}"
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     flow.prepare(Recipe.load("tiny", path=str(tmp_path / "rows.json"), source="pubmedqa", test_fraction=0.3), tmp_path / "run")
     status, _, message = call("evaluate", tmp_path / "run", "--which", "base")
