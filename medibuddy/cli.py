@@ -7,7 +7,8 @@ __all__ = ['app', 'NOTICE', 'JsonOption', 'RunOption', 'RecipeOption', 'DataOpti
            'BenchmarkOption', 'LeaksOption', 'SetOption', 'RunArgument', 'RunAgainOption', 'CLICK_ERROR', 'show',
            'parse_settings', 'parse_pairs', 'load_recipe', 'percent', 'comparison_table', 'show_comparison',
            'which_run', 'demo_command', 'prepare_command', 'describe_account', 'train_command', 'evaluate_command',
-           'compare_command', 'report_command', 'verify_command', 'main', 'fail']
+           'compare_command', 'report_command', 'verify_command', 'checked_claims', 'check_claim_command', 'main',
+           'fail']
 
 # %% ../nbs/api/90_cli.ipynb #b1dd3513
 import json
@@ -309,6 +310,42 @@ def verify_command(run: RunArgument = None, run_option: RunAgainOption = None, a
         text = "\n".join([*(f"{path / p.file}: {p.what}" for p in outcome.problems), f"{len(outcome.problems)} problem{'s' if len(outcome.problems) > 1 else ''}."])
     show(asdict(outcome) | {"ok": outcome.ok}, "\n".join([text, *notes]), as_json)
     if not outcome.ok:
+        raise typer.Exit(1)
+
+# %% ../nbs/api/90_cli.ipynb #745f3e35
+def checked_claims(
+    what: list[str],  # a percentage and a number of questions, or files
+) -> list[tuple[str, Any]]:  # where it stands, and the `ClaimCheck`
+    "Check one claim or the claims of files; raises `UsageError` for a file that cannot be read"
+    from medibuddy.evaluation.claims import check_claim, find_claims
+    from medibuddy.run import UsageError
+
+    if len(what) == 2 and not Path(what[0]).exists() and what[1].replace(",", "").isdigit():
+        return [("", check_claim(what[0], int(what[1].replace(",", ""))))]
+    found = []
+    for name in what:
+        try:
+            text = Path(name).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"`{name}` cannot be read as text ({type(error).__name__}); give a percentage and a number of questions, as in `medibuddy check-claim 78.1 100`, or text files.") from None
+        found += [(f"{name}, line {claim.line}: ", claim) for claim in find_claims(text)]
+    return found
+
+
+@app.command("check-claim")
+def check_claim_command(
+    what: Annotated[list[str], typer.Argument(metavar="PERCENT N | FILE...", help="A percentage and its number of questions, or text files to read.")],
+    as_json: JsonOption = False,
+) -> None:
+    "Say whether a percentage can come from its number of questions; exit status 1 when one cannot."
+    from dataclasses import asdict
+
+    claims = checked_claims(what)
+    impossible = [(where, claim) for where, claim in claims if not claim.possible]
+    lines = [f"{where}{claim.percentage} % of {claim.n} is no count of questions; the nearest are {' and '.join(claim.nearest)}." for where, claim in impossible]
+    summary = f"{len(claims)} percentage{'s' if len(claims) != 1 else ''} with a number of questions read, {len(impossible) or 'none'} impossible."
+    show({"read": len(claims), "impossible": [asdict(claim) | {"where": where.rstrip(': ')} for where, claim in impossible]}, "\n".join([*lines, summary]), as_json)
+    if impossible:
         raise typer.Exit(1)
 
 # %% ../nbs/api/90_cli.ipynb #d48e82b7

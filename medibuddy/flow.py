@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'claim_run', 'reopen_run', 'source_sha256', 'do_prepare', 'prepare', 'read_split', 'show_training_rows',
-           'announce', 'do_train', 'train', 'locked_run', 'encode_questions', 'task_labels', 'do_generate', 'do_score',
-           'evaluate', 'compare', 'report', 'demo']
+           'announce', 'do_train', 'train', 'locked_run', 'encode_questions', 'task_labels', 'guard_prompts',
+           'add_likelihoods', 'do_generate', 'do_score', 'evaluate', 'compare', 'report', 'demo']
 
 # %% ../nbs/api/80_flow.ipynb #a1d060f4
 import os
@@ -191,10 +191,14 @@ def encode_questions(
     test: list[Example],
     recipe: Recipe,
     tokenizer: Any,
+    train: list[Example],  # the training rows, for worked examples
 ) -> list:  # one `EncodedPrompt` for each test row
     "Turn the test rows into prompts, the same for base and tuned; raises `RunError` when one does not fit"
     from medibuddy.data.chat import encode_prompts
+    from medibuddy.evaluation.shots import choose_shots, encode_with_shots
 
+    if recipe.eval.shots:
+        return encode_with_shots(test, choose_shots(train, recipe.eval.shots, recipe.eval.sampling_seed), tokenizer, recipe)
     prompts, dropped, _ = encode_prompts(test, tokenizer, recipe.model.max_seq_length, recipe.eval.max_new_tokens)
     if dropped:
         raise RunError(f"test row {dropped[0].id_or_row} cannot be asked ({dropped[0].reason}); the rows were prepared with another tokenizer. Start over in a new run directory.")
@@ -208,6 +212,36 @@ def task_labels(
     return tuple(dict.fromkeys(label for example in test for label in labels_of(example) or ()))
 
 # %% ../nbs/api/80_flow.ipynb #b322628c
+def guard_prompts(
+    test: list[Example],
+    prompts: list[str],  # the exact prompt of each
+    recipe: Recipe,
+    train: list[Example],  # the training rows, for worked examples
+) -> None:
+    "Stop when a prompt holds its own answer; raises `UsageError` that shows where"
+    from medibuddy.evaluation.guard import check_prompts
+    from medibuddy.evaluation.shots import choose_shots, shot_turns
+
+    shots = choose_shots(train, recipe.eval.shots, recipe.eval.sampling_seed) if recipe.eval.shots else []
+    check_prompts(test, prompts, [turn["content"] for turn in shot_turns(shots)])
+
+# %% ../nbs/api/80_flow.ipynb #fe80b202
+def add_likelihoods(
+    rows: list[dict],  # generations rows, in the order of `test`
+    model: Any,  # a Transformers model in evaluation mode
+    tokenizer: Any,
+    test: list[Example],
+    recipe: Recipe,
+) -> list[dict]:  # the rows with `answer_tokens` and `answer_nll`; a row too long beside its reference has neither
+    "Score the reference answer of every test row, without worked examples in front"
+    from medibuddy.data.chat import encode_all
+    from medibuddy.evaluation.likelihood import answer_likelihoods
+
+    encoded, _, _ = encode_all([example for example in test if example.answer.strip()], tokenizer, recipe.model.max_seq_length)
+    scores = {row.id: score for row, score in zip(encoded, answer_likelihoods(model, encoded), strict=True)}
+    return [row | ({"answer_tokens": scores[row["id"]][0], "answer_nll": round(scores[row["id"]][1], 6)} if row["id"] in scores else {}) for row in rows]
+
+# %% ../nbs/api/80_flow.ipynb #3e5fafb8
 def do_generate(
     run: Run,
     recipe: Recipe,
@@ -220,14 +254,16 @@ def do_generate(
     recorded = run.manifest.get("base_model", base)
     if recorded["sha256"] != base["sha256"]:
         raise RunError(f"the base model `{recipe.model.name}` changed since this adapter was trained, so before and after would not be about the same model. Train again in a new run directory.")
-    inputs = ["data/test.jsonl"] + ([name for name in run.manifest.get("files", {}) if name.startswith("adapter/")] or ["adapter/adapter_model.safetensors"] if which == "tuned" else [])
+    inputs = ["data/test.jsonl"] + ([name for name in run.manifest.get("files", {}) if name.startswith("adapter/")] or ["adapter/adapter_model.safetensors"] if which == "tuned" else []) + (["data/train.jsonl"] if recipe.eval.shots else [])
     output = f"generations/{which}.jsonl"
     with stage(run, f"generate-{which}", [base, asdict(recipe.eval), recipe.model.max_seq_length], inputs, [output]) as facts:
         if facts is None:
             return
         hardware = detect_hardware()
         test, tokenizer = read_split(run, "test"), load_tokenizer(recipe.model.name, recipe.model.revision)
-        prompts = encode_questions(test, recipe, tokenizer)
+        train_rows = read_split(run, "train") if recipe.eval.shots else []
+        prompts = encode_questions(test, recipe, tokenizer, train_rows)
+        guard_prompts(test, [prompt.text for prompt in prompts], recipe, train_rows)
         model = load_base(recipe.model.name, recipe.model.revision, hardware.dtype, hardware.device)
         if which == "tuned":
             model = load_adapter(model, run.path / "adapter")
@@ -235,9 +271,11 @@ def do_generate(
         partial = run.path / "generations" / f".{which}-{sha256_text(source + to_json(asdict(recipe.eval)))[:12]}.partial"
         partial.parent.mkdir(parents=True, exist_ok=True)
         rows = generate_answers(model, tokenizer, test, prompts, recipe.eval, partial, f"answers of the {which} model")
+        if recipe.eval.perplexity:
+            rows = add_likelihoods(rows, model, tokenizer, test, recipe)
         write_jsonl(run.path / output, rows)
         partial.unlink(missing_ok=True)
-        facts |= {"rows": len(rows), "new_tokens": sum(row["new_tokens"] for row in rows), "context_cut": sum(p.cut_tokens > 0 for p in prompts), "hardware": hardware.to_dict()}
+        facts |= {"rows": len(rows), "new_tokens": sum(sample["new_tokens"] for row in rows for sample in row.get("samples", [row])), "context_cut": sum(p.cut_tokens > 0 for p in prompts), "hardware": hardware.to_dict()}
         run.manifest["environment"] = describe_environment()
 
 # %% ../nbs/api/80_flow.ipynb #e21a928d

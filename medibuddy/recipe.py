@@ -193,12 +193,24 @@ class TrainConfig:
 # %% ../nbs/api/00_recipe.ipynb #bebdab64
 @dataclass(frozen=True)
 class EvalConfig:
-    "How base and tuned model answer the test questions: greedily, under the same limits"
+    "How base and tuned model answer the test questions: with the same prompts, the same decoding, the same limits"
 
     max_new_tokens: int = 128  # an answer that reaches this length counts as unfinished
     eval_batch_size: int = 64  # questions answered at once
+    shots: int = 0  # worked examples from the training rows in front of every question
+    temperature: float = 0.0  # 0 answers greedily; above 0 tokens are drawn
+    top_p: float = 1.0  # draw from the likeliest tokens that hold this much probability
+    samples: int = 1  # answers drawn for each question; the most frequent decision counts
+    sampling_seed: int = 42  # of the drawing
+    perplexity: bool = True  # also score the reference answers; costs one forward pass a row
 
     def __post_init__(self):
+        require(0 <= self.shots <= 64, "eval.shots", self.shots, "give a number of examples from 0 to 64.")
+        require(0 <= self.temperature <= 5, "eval.temperature", self.temperature, "give 0 (greedy) to 5.")
+        require(0 < self.top_p <= 1, "eval.top_p", self.top_p, "give a share above 0 and at most 1.")
+        require(1 <= self.samples <= 1000, "eval.samples", self.samples, "give a number of answers from 1 to 1000.")
+        require(self.samples == 1 or self.temperature > 0, "eval.samples", self.samples, "several greedy answers would all be the same; set `eval.temperature` above 0.")
+        require(0 <= self.sampling_seed < 2**32, "eval.sampling_seed", self.sampling_seed, "give a whole number from 0 to 4294967295.")
         require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "give at least 1.")
         require(self.eval_batch_size >= 1, "eval.eval_batch_size", self.eval_batch_size, "give at least 1.")
 

@@ -64,3 +64,13 @@ def test_every_way_of_rounding_passes(rounding):
 ])
 def test_reading_claims(text, wanted):
     assert [(c.percentage, c.n, c.possible) for c in find_claims(text)] == wanted
+
+
+def test_the_command_flags_an_impossible_percentage_in_a_readme(call, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("Accuracy rose from 62.8 % to 78.1 % (n = 100).\n\n78.2 % of 500 questions were right.\n", encoding="utf-8")
+    status, out, _ = call("check-claim", page)
+    assert status == 1 and "README.md, line 1: 78.1 % of 100" in out and "500 is no" not in out
+    page.write_text("78.2 % of 500 questions were right.\n", encoding="utf-8")
+    assert call("check-claim", page)[0] == 0
+    assert (call("check-claim", "78.1", "100")[0], call("check-claim", "78.0", "100")[0], call("check-claim", "abc", "100")[0], call("check-claim", tmp_path / "nowhere.md")[0]) == (1, 0, 2, 2)

@@ -44,7 +44,7 @@ def make_run(folder, rows=90, graded=True, seed=0):
     write_json(folder / "metrics.json", {"base": metrics(base, references=references), "tuned": metrics(tuned, references=references)})
     write_json(folder / "comparison.json", compare_paired(base, tuned, references))
     write_jsonl(folder / "log.jsonl", [{"step": s, "loss": 2 / s} for s in range(1, 20)] + [{"step": 19, "eval_loss": 0.5}])
-    write_atomic(folder / "recipe.yaml", Recipe.load("tiny").to_yaml())
+    write_atomic(folder / "recipe.yaml", Recipe.load("tiny", learning_rate=0.002).to_yaml())  # a value of its own, whatever the preset says
     run = Run(folder)
     run.manifest |= {
         "stages": {"train": {"seconds": 61.5, "peak_memory_mb": 1300.2, "tokens": 200_000, "tokens_per_second": 3251.7}, "report": {"seconds": 98765}},

@@ -121,3 +121,29 @@ def test_the_stages_refuse_to_build_on_an_altered_file(run, call):
     write_jsonl(run / "data" / "test.jsonl", rows[1:])
     status, _, err = call("compare", run)
     assert status == 1 and "data/test.jsonl changed since it was written" in err
+
+
+def test_without_the_text_libraries_the_rest_is_still_recomputed(run, monkeypatch):
+    from medibuddy.evaluation import texts
+
+    monkeypatch.setattr(texts, "find_spec", lambda name: None)
+    outcome = verify(run)
+    assert outcome.ok, outcome.problems
+    assert any("rougeL" in note and "could not be recomputed" in note for note in outcome.notes)
+    metrics = read_json(run / "metrics.json")
+    metrics["tuned"]["texts"]["token_f1"] += 0.1
+    write_json(run / "metrics.json", metrics)
+    mend(run, "metrics.json")
+    assert "metrics.json" in files_named(run)
+
+
+@pytest.mark.parametrize(("name", "keys"), [("metrics.json", ("tuned", "texts", "bleu")), ("metrics.json", ("base", "errors", "truncated")), ("metrics.json", ("base", "perplexity", "value")), ("comparison.json", ("measures", "rougeL", "p_holm"))])
+def test_an_altered_new_number_is_found_behind_mended_hashes(run, name, keys):
+    content = read_json(run / name)
+    part = content
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] += 1
+    write_json(run / name, content)
+    mend(run, name)
+    assert name in files_named(run)

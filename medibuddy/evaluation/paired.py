@@ -7,7 +7,7 @@ __all__ = ['ALPHA', 'RESAMPLES', 'SEED', 'FEWEST', 'NARROW', 'BETTER', 'WORSE', 
            'align', 'mcnemar_p', 'tango_score', 'tango_interval', 'resampled_tables', 'macro_f1_of',
            'percentile_interval', 'bootstrap_intervals', 'minimum_detectable', 'judge', 'points', 'spell_p',
            'decision_sentence', 'side', 'compare_graded', 'sign_flip_p', 'mean_test', 'compare_texts',
-           'compare_sources', 'compare_paired']
+           'macro_f1_measure', 'compare_family', 'compare_sources', 'compare_paired']
 
 # %% ../../nbs/api/43_paired.ipynb #9ffc8aa0
 from math import sqrt
@@ -19,7 +19,9 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from ..data.example import Example
+from .measures import Measure, compare_measures, consultation_family, holm, perplexity_of, text_family
 from .metrics import check_rows, class_scores, decided, mean, share, task_labels, text_scores, wilson
+from .texts import answer_pairs
 from ..run import UsageError
 
 # %% ../../nbs/api/43_paired.ipynb #a191cbb1
@@ -304,6 +306,47 @@ def compare_texts(
         "verdict": verdict, "verdict_text": text,
     }
 
+# %% ../../nbs/api/43_paired.ipynb #a85180b5
+def macro_f1_measure(
+    pairs: list[tuple[dict, dict]],  # graded rows of base and tuned model
+    labels: tuple[str, ...],  # the task's labels
+) -> Measure:
+    "Macro-F1 as a function of summed confusion counts"
+    columns = {label: i for i, label in enumerate(labels)} | {None: len(labels)}
+    width = len(labels) + 1
+    sides = [np.zeros((len(pairs), len(labels) * width)) for _ in range(2)]
+    for row, pair in enumerate(pairs):
+        for side, answer in zip(sides, pair):
+            side[row, columns[answer["gold"]] * width + columns[decided(answer)]] = 1
+    return Measure(*sides, lambda sums: macro_f1_of(sums.reshape(*sums.shape[:-1], len(labels), width)))
+
+
+def compare_family(
+    pairs: list[tuple[dict, dict]],  # rows of base and tuned model, as `align` gives them
+    labels: tuple[str, ...],  # the task's labels
+    references: dict[str, Example],  # examples by id
+    graded: dict,  # as `compare_graded` gives it
+    text: dict,  # as `compare_texts` gives it
+) -> dict[str, dict]:  # by measure: n, base, tuned, difference, difference_ci, p, p_holm
+    "Compare every measure, with Holm's adjustment over the family"
+    found, with_gold = {}, [pair for pair in pairs if pair[0]["gold"] is not None]
+    if with_gold:
+        accuracy = {"n": graded["n"], "base": graded["base"]["accuracy"], "tuned": graded["tuned"]["accuracy"], "difference": graded["difference"]["accuracy"]}
+        found["accuracy"] = accuracy | {"difference_ci": graded["difference"]["accuracy_ci"], "p": graded["mcnemar_p"]}
+        found |= compare_measures({"macro_f1": macro_f1_measure(with_gold, labels)})
+        found["macro_f1"]["difference_ci"] = graded["difference"]["macro_f1_ci"]  # one interval in every table
+    scored = [pair for pair in pairs if all("answer_nll" in row for row in pair)]
+    if scored:
+        found |= compare_measures({"perplexity": Measure(*(np.array([(pair[i]["answer_nll"], pair[i]["answer_tokens"]) for pair in scored]) for i in (0, 1)), perplexity_of)})
+    sides = [answer_pairs([pair[i] for pair in pairs], references) for i in (0, 1)]
+    kept = [i for i, pair in enumerate(sides[0]) if pair]
+    found |= compare_measures(text_family(*([side[i] for i in kept] for side in sides))) if kept else {}
+    if kept:
+        found["token_f1"] |= {"difference_ci": text["difference_ci"], "p": text["p"]}
+    open_rows = [i for i in kept if pairs[i][0]["gold"] is None]
+    found |= compare_measures(consultation_family(*([side[i] for i in open_rows] for side in sides))) if open_rows else {}
+    return holm(found)
+
 # %% ../../nbs/api/43_paired.ipynb #d04bed74
 def compare_sources(
     pairs: list[tuple[dict, dict]],  # rows of base and tuned model, as `align` gives them
@@ -353,4 +396,5 @@ def compare_paired(
         "verdict_rests_on": "decisions" if graded["n"] else "texts",
         "text": text,
         "by_source": compare_sources(pairs, labels, references, base_f1, tuned_f1),
+        "measures": compare_family(pairs, labels, references, graded, text),
     }

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MISSING_AFTER', 'SHOWN', 'MOST_LISTED', 'NOTICE', 'FIGURES', 'TEMPLATES', 'read_if_there', 'pair_answers',
            'describe_answer', 'mark', 'collect', 'choose_answers', 'list_answers', 'shorten', 'headline',
-           'majority_line', 'warnings', 'leak_line', 'view', 'model_name', 'markdown_cell', 'fenced', 'environment',
-           'render_markdown', 'render_html', 'render_run', 'write_report']
+           'majority_line', 'warnings', 'not_computed', 'leak_line', 'view', 'model_name', 'markdown_cell', 'fenced',
+           'environment', 'render_markdown', 'render_html', 'render_run', 'write_report']
 
 # %% ../../nbs/api/45_report.ipynb #d6377d3a
 from base64 import b64encode
@@ -17,9 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import medibuddy
 from ..data.example import Example
 from .figures import draw_figures
+from .errors import error_types
+from .measures import MEASURE_NAMES
 from .metrics import decided, text_scores
 from .paired import spell_p
-from .tables import SPACE, class_table, cost_table, data_table, environment_table, file_table, headline_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
+from .tables import SPACE, class_table, cost_table, data_table, environment_table, error_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
 from ..recipe import Recipe
 from ..run import UsageError, open_run, read_json, read_jsonl, sha256_text, write_atomic
 
@@ -54,13 +56,14 @@ def describe_answer(
 ) -> dict:  # JSON-ready
     "One question with both answers and what changed"
     marks = [mark(row) for row in (base, tuned)]
+    faults = [error_types(row, example) for row in (base, tuned)]
     gain = (tuned["token_f1"] or 0.0) - (base["token_f1"] or 0.0)
     change = {("right", "right"): "still right"}.get(tuple(marks), "gained" if marks[1] == "right" else "lost" if marks[0] == "right" else "still wrong")
     if example.decision is None:
         change = "closer" if gain > 0 else "further" if gain < 0 else "unchanged"
     return {
         "id": example.id, "source": example.source, "specialty": example.specialty or "", "question": example.question, "prompt": base["prompt"],
-        "reference": example.answer, "gold": example.decision, "change": change, "gain": gain,
+        "reference": example.answer, "gold": example.decision, "change": change, "gain": gain, "faults": faults[1],
         **{name: {"text": row["text"].strip(), "decision": decided(row), "mark": label, "token_f1": row["token_f1"]} for name, row, label in (("base", base, marks[0]), ("tuned", tuned, marks[1]))},
     }
 
@@ -110,6 +113,7 @@ def choose_answers(
     if graded:
         ordered = sorted(graded, key=lambda answer: sha256_text(answer["id"]))
         kinds = [[a for a in ordered if a["change"] in names] for names in (("lost",), ("gained",), ("still wrong", "still right"))]
+        kinds[0].sort(key=lambda answer: (-len(answer["faults"]), answer["gain"]))  # the worst first; equals stay in the order of the hash
     else:
         ordered = sorted(answers, key=lambda answer: (answer["gain"], sha256_text(answer["id"])))
         kinds = [[a for a in ordered if a["gain"] < 0], [a for a in ordered[::-1] if a["gain"] > 0], [a for a in ordered if a["gain"] == 0]]
@@ -130,7 +134,7 @@ def list_answers(
         return side["decision"] or (side["mark"] if side["token_f1"] is None or side["mark"] != "not graded" else f"F1 {100 * side['token_f1']:.0f}")
 
     return [
-        {"id": a["id"], "question": shorten(a["question"], 200), "source": a["source"], "gold": a["gold"] or "", "base": spell(a["base"]), "tuned": spell(a["tuned"]), "change": a["change"]}
+        {"id": a["id"], "question": shorten(a["question"], 200), "source": a["source"], "gold": a["gold"] or "", "base": spell(a["base"]), "tuned": spell(a["tuned"]), "change": a["change"], "faults": ", ".join(a["faults"])}
         for a in answers[:MOST_LISTED]
     ]
 
@@ -150,6 +154,8 @@ NOTICE = (
 FIGURES = {  # name -> caption, text for those who cannot see it
     "accuracy": ("Accuracy before and after tuning, with 95 % Wilson intervals. The dotted line is what always giving the most frequent answer would score.", "Bars of the accuracy of base and tuned model; the numbers are in the tables."),
     "token_f1": ("Mean token F1 with the reference answers, before and after tuning.", "Bars of the mean token F1 of base and tuned model; the numbers are in the tables."),
+    "length": ("Accuracy by the length of the reference answer, with 95 % Wilson intervals.", "Bars of the accuracy of base and tuned model by length of the reference; the numbers are in the table."),
+    "specialty": ("Accuracy by specialty, the twelve largest, with 95 % Wilson intervals.", "Bars of the accuracy of base and tuned model by specialty; the numbers are in the table."),
     "confusion": ("Decisions read from the answers against the gold decisions. The last column counts answers that state no readable decision.", "Confusion matrices of base and tuned model; recall and precision of each decision are in the table."),
     "flips": ("Questions that changed sides.", "Bars of questions gained and lost; the numbers are in the text."),
     "loss": ("Loss during training.", "Curve of the training loss by optimizer step."),
@@ -207,6 +213,19 @@ def warnings(
     return found
 
 
+def not_computed(
+    facts: dict,  # as `report.collect` gives them
+) -> str:  # "" when every measure was computed
+    "Name the measures that are missing, and why"
+    missing = facts["metrics"].get("base", {}).get("texts", {}).get("not_computed", {})
+    reasons: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        reasons.setdefault(reason, []).append(MEASURE_NAMES.get(name, "BERTScore"))
+    signatures = facts["metrics"].get("base", {}).get("texts", {}).get("signatures", {})
+    told = [f"{MEASURE_NAMES.get(name, 'ROUGE')}: {signature}." for name, signature in signatures.items()]
+    return " ".join([*told, *(f"{', '.join(names)}: {reason}." for reason, names in reasons.items())])
+
+
 def leak_line(
     facts: dict,  # as `report.collect` gives them
 ) -> str:
@@ -234,16 +253,20 @@ def view(
         "majority": majority_line(facts),
         "warnings": warnings(facts),
         "methods": f"Difference of accuracies: {comparison['difference']['accuracy_ci_method']}. Macro-F1: {comparison['difference']['bootstrap_method']}. Token F1: {comparison['text']['method']}. The p-values of the sources are adjusted by Holm's method.",
+        "not_computed": not_computed(facts),
         "leaks": leak_line(facts),
         "tables": {
             "headline": headline_table(facts), "sources": source_table(facts), "classes": class_table(facts), "specialties": specialty_table(facts), "data": data_table(facts),
+            "errors": error_table(facts), "measures": measure_table(facts), "official": official_table(facts),
+            "types": group_table(facts, "by_question_type", "Question", "Types of question."),
+            "lengths": group_table(facts, "by_answer_length", "Reference answer", "Length of the reference answer."),
             "settings": setting_table(facts), "cost": cost_table(facts), "environment": environment_table(facts), "files": file_table(facts),
         },
         "figures": {name: {"caption": FIGURES[name][0], "alt": FIGURES[name][1]} for name in FIGURES if name in drawn},
         "flips": comparison["flips"] if comparison["n"] else None,
         "chosen": choose_answers(facts["answers"]),
         "chosen_by": (
-            "regressions first, then gains, then unchanged ones, each in the order of a hash of the row’s id"
+            "regressions first, those with most faults and the greatest loss of token F1 on top, then gains, then unchanged ones in the order of a hash of the row’s id"
             if comparison["n"]
             else "those that moved furthest away from their reference first, then those that came closest, then unchanged ones"
         ),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'CLOSE', 'GOES_ON', 'SENTENCE_END', 'NOT_MEANT', 'SPECIES', 'REPORTED', 'RULED_OUT', 'ASSERTING', 'CONDITION',
-           'DOUBT', 'ORDER', 'CLAUSE_START', 'Spelling', 'spelling', 'as_label', 'listed', 'rivalled', 'standing',
-           'letter_standing', 'asserted']
+           'DOUBT', 'ORDER', 'INVERTED', 'FORCED', 'CLAUSE_START', 'Spelling', 'spelling', 'as_label', 'listed',
+           'rivalled', 'standing', 'letter_standing', 'asserted']
 
 # %% ../../nbs/api/40a_wording.ipynb #4f6bd6fa
 import re
@@ -47,7 +47,7 @@ def spelling(
         letters,
         re.compile(value, re.IGNORECASE),
         re.compile(rf"{list_sign}({value})", flags),
-        re.compile(rf"({value})(?=[\s*_\"'`)\]”’]{{0,8}}(?:[.,;:!?/|]|$)| (?:for|in|if|when|among|otherwise)\b(?!-))", flags),
+        re.compile(rf"({value})(?=[\s*_\"'`)\]”’]{{0,8}}(?:[.,;:!?/|(]|$)| (?:\(|(?:for|in|if|when|among|otherwise)\b(?!-)))", flags),
     )
 
 
@@ -60,8 +60,8 @@ def as_label(
 
 # %% ../../nbs/api/40a_wording.ipynb #5992ed27
 GOES_ON = re.compile(
-    r"(?:because|since|as|based|given|due|it|they|he|she|we|i|the|this|these|that|there|with|for|in|on|but|although|though|while|when|and|not|rather than|from|according|final|decision|answer|"
-    r"confidence|explanation|reason|reasoning|rationale|justification)\b",
+    r"(?:because|since|as|based|given|due|it|they|he|she|we|i|the|this|these|that|there|with|for|in|on|but|although|though|while|when|and|not|rather than|from|according|final (?:decision|answer)|(?:decision|answer)(?= ?[:=])|"
+    r"confidence|explanation|reason|reasoning|rationale|justification|here)\b",
     re.IGNORECASE,
 )
 SENTENCE_END = re.compile(r"[.!?\n]")
@@ -120,13 +120,15 @@ def standing(
         return "prose"
     if spelled.letters:
         return letter_standing(label, closing, rest)
-    if re.match(r"[.:]? ?\d|\.\w|/", rest):  # "No. 5", "no.of", "yes/n"
+    if re.match(r"[.:]? ?\d|\.\w|/", rest) and not re.match(r" \d{1,3} ?%", rest):  # "No. 5", "no.of", "yes/n", but "yes 85 %"
         return "prose"
     word = re.match(r"\s{0,3}([^\W\d_].*)", rest)
     if rest[:1] in "" or not word or "\n" in rest[: word.start(1)] or re.match(rf"{re.escape(label)}\b", word[1], re.IGNORECASE):
         return "stated"
     if closing.strip("*_"):  # a closed quotation or bracket ends the value
         return "stated"
+    if re.match(r"not\b[.,;!]?\s*$", word[1]):  # "maybe not"
+        return "prose"
     if word[1].startswith("not ") and not re.match(r"not (?:a |an )?\w+[.,;]?$", word[1][:40]):
         return "prose"
     return "stated" if GOES_ON.match(word[1]) else "prose"
@@ -138,6 +140,9 @@ def letter_standing(
     rest: str,  # what follows
 ) -> str:  # "stated" or "prose"
     "Judge an option letter by what follows it"
+    behind = chr(ord(label.upper()) + 1)
+    if re.match(rf"[).:]? [^\n]{{1,200}}\n\s{{0,3}}\(?{behind}[).:] ", rest) and (closing.endswith(")") or rest[:1] in ".:"):
+        return "alternatives"  # the options repeated
     if re.match(r"\.\w", rest) or (not closing and label.isupper() and SPECIES.match(rest) and not rest[1:2] == "\n"):
         return "prose"
     if closing.strip("*_\"'`") or re.match(r"\s{0,3}(?:[.:,;!)\]—–(\n]|- |$)", rest):
@@ -149,9 +154,9 @@ def letter_standing(
 # %% ../../nbs/api/40a_wording.ipynb #2836d652
 ASSERTING = frozenset(
     "the my our final correct best right likely appropriate accurate probable suitable short simple overall so thus therefore hence and is that this true clear direct honest "
-    "only then now finally ultimately would i we summary conclusion short brief evidence-based single one-word medical clinical boxed to with as yes maybe accordingly consequently".split()
+    "only then now finally ultimately would i we summary conclusion short brief evidence-based single one-word medical clinical boxed to with as yes maybe accordingly consequently predicted".split()
 )
-CONDITION = re.compile(r"\b(?:if|unless|suppose|supposing|assuming|had|example|template|format|instructions?|gold|ground truth|reference)\b|\be\.g", re.IGNORECASE)
+CONDITION = re.compile(r"\b(?:if|unless|suppose|supposing|assuming|had|example|template|format|instructions?|gold|ground truth|reference|according to (?:the|an?) (?:key|answer key|textbook|authors?|reviewers?|student|teacher))\b|\be\.g", re.IGNORECASE)
 DOUBT = re.compile(
     r"\b(?:not|never|cannot|neither|nor|nobody|hardly|whether|might|may|could|some|others|many|critics|sceptics|skeptics|wrong|incorrect|false|incorrectly|unlikely|least|doubt|unclear|unsure|"
     r"uncertain|until|tempting|seems?|appears?|guess|claims?|claimed|argued?|says|said|thinks|nothing|no one|none|few|perhaps|maybe|possibly|presumably|assumption|believed|one would|question|asks|asked|premature|mistake|error)\b|n['’]t\b",
@@ -162,6 +167,8 @@ ORDER = re.compile(
     r"(?:end|finish|conclude|close|respond|reply|answer|write|say|output|state|return|print|ending|answering|writing)\w*\b(?![\"'”]?\s{0,2}[:=])[^.\n]{0,40}$",
     re.IGNORECASE,
 )
+INVERTED = re.compile(r"(?:should|were|had) (?:the|this|these|it|they|that|there|we|one|he|she|a|an)\b", re.IGNORECASE)  # "Should the p value fall, the answer would be yes"
+FORCED = re.compile(r"\bif (?:I |we )?(?:had to|have to|must|must|forced to|were forced to) (?:choose|pick|answer|decide)\b", re.IGNORECASE)
 CLAUSE_START = re.compile(r"[,;:()—–]| - ")
 
 
@@ -180,7 +187,8 @@ def asserted(
     if ORDER.search(sentence) and (quoted or re.search(r"\bwith\W{0,3}$", sentence)):
         return "echo"
     clauses = CLAUSE_START.split(sentence)
-    if CONDITION.search(sentence) or DOUBT.search(clauses[-1]):
+    sentence = FORCED.sub("", sentence)  # "If I had to choose" is a way of choosing
+    if CONDITION.search(sentence) or INVERTED.match(sentence) or DOUBT.search(clauses[-1]):
         return "doubted"
     prior = re.search(r"(\w[\w'’-]*)[ *_\"“'`]{0,4}$", sentence)
     if marker and prior and prior[1].lower() not in ASSERTING:
