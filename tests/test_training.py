@@ -79,7 +79,10 @@ def no_autocast(monkeypatch):
 
     import accelerate.accelerator
 
-    monkeypatch.setattr(accelerate.accelerator, "get_mixed_precision_context_manager", lambda *a, **k: contextlib.nullcontext())
+    class Nothing(contextlib.ContextDecorator, contextlib.nullcontext):
+        "Changes nothing, as a context or as a decorator"
+
+    monkeypatch.setattr(accelerate.accelerator, "get_mixed_precision_context_manager", lambda *a, **k: Nothing())
 
 
 def overflowing(steps, scale=1024.0):
@@ -126,7 +129,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, tokenizer, rows):
                 next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("inf")
 
     with pytest.raises(RunError, match="is not finite, so nothing was saved"):
-        train(tmp_path, tokenizer, rows, lambda trainer: trainer.add_callback(Poison()))
+        train(tmp_path, tokenizer, rows, lambda trainer: trainer.add_callback(Poison()), evaluate_every=6, checkpoint_every=2)
     assert not list((tmp_path / "checkpoints").glob("checkpoint-*")) and not (tmp_path / "adapter").exists()
 
 

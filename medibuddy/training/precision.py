@@ -24,7 +24,7 @@ def expected_dtypes(
     full = recipe.model.full_finetuning
     return {
         "base": "float32" if full else stored, "lora": "none" if full else "float32", "activations": dtype,
-        "optimizer": "uint8" if "8bit" in recipe.train.optimizer else "float32",
+        "optimizer": "uint8" if "8bit" in recipe.train.optimizer else "none" if recipe.train.optimizer == "sgd" else "float32",
     }
 
 # %% ../../nbs/api/30a_precision.ipynb #9f088754
