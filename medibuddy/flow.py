@@ -209,6 +209,10 @@ def announce(
     print(f"recipe {recipe.name}: {len(rows):,} rows, {how} through the {model_settings.backend} backend{f', {model_settings.quantization} base' if model_settings.quantization else ''}, {trainable:,} of {total:,} parameters train", file=sys.stderr)
     print(f"{planned_steps(recipe, len(rows)):,} steps of {train_settings.batch_size} x {train_settings.gradient_accumulation} rows, {train_settings.optimizer}, learning rate {train_settings.learning_rate:g} ({train_settings.scheduler})", file=sys.stderr)
     print(f"on {hardware.name} ({hardware.cpu_count} processors): {dtype[0]}. {dtype[1]}", file=sys.stderr)
+    if hardware.device == "cuda":
+        from medibuddy.models.memory import plan
+
+        print(f"memory, predicted:\n{plan(recipe, int(hardware.memory_gb * 1e9))}", file=sys.stderr)
 
 # %% ../nbs/api/80_flow.ipynb #5db8c616
 def load_for_training(

@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT
 
 from medibuddy.models.loaders import add_lora, load_base, load_tokenizer, skeleton
 from medibuddy.models.memory import LiveBytes, optimizer_bytes, plan, plan_stages, step_bytes, weight_bytes
@@ -109,3 +108,16 @@ def test_every_stage_of_a_plan_adds_up():
     stages = plan_stages(Recipe.load("tiny"), skeleton("embedded"), "float16")
     assert all(size >= 0 for parts in stages.values() for size in parts.values())
     assert stages["train"]["weights"] == stages["evaluate"]["weights"] == weight_bytes(skeleton("embedded"), None, 2)
+
+
+def test_the_plan_is_printed_before_a_run_on_a_gpu(capsys):
+    from medibuddy.data.chat import encode_chat
+    from medibuddy.data.example import Example
+    from medibuddy.flow import announce
+    from medibuddy.hardware import Hardware
+
+    recipe, tokenizer = Recipe.load("tiny"), load_tokenizer("embedded")
+    row = encode_chat(Example(id="a", question="What is gout?", answer="A disease.", source="demo"), tokenizer, 128)
+    announce(recipe, Hardware("cuda", "Tesla T4", 15.8, 2, "float16", "fp16 on every GPU", 7.5), add_lora(load_base("embedded"), recipe.lora, seed=1), [row], tokenizer)
+    said = capsys.readouterr().err
+    assert "memory, predicted:" in said and "fits: " in said and "What is gout?" in said

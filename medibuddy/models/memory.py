@@ -120,8 +120,10 @@ def counted_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # [batch, tokens, heads, head_dim]
     "Attention as the memory-efficient kernel stores it"
+    from transformers.integrations.sdpa_attention import repeat_kv
+
     groups = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (key, value))
+    key, value = (repeat_kv(tensor, groups) for tensor in (key, value))
     out = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, True)[0]
     return out.transpose(1, 2).contiguous(), None
 
@@ -266,11 +268,17 @@ def trained_tensors(
     recipe: Recipe,
     frame: Any,  # the model without weights
 ) -> list[int]:  # elements of each tensor that trains
-    "List the sizes of a recipe's adapter tensors"
-    from medibuddy.models.loaders import skeleton
-
-    tuned = add_lora(skeleton(recipe.model.name, recipe.model.revision), recipe.lora, seed=0)
-    return [p.numel() for p in tuned.parameters() if p.requires_grad]
+    "List the sizes of a recipe's adapter tensors: A and B of each target, a magnitude a row with DoRA, and biases that train"
+    lora, sizes = recipe.lora, []
+    for name, module in frame.named_modules():
+        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        chosen = isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in lora.targets and (lora.layers is None or number in lora.layers)
+        if chosen:
+            sizes += [lora.r * module.in_features, lora.r * module.out_features] + [module.out_features] * lora.dora
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, torch.nn.Parameter) and (lora.bias == "all" or (lora.bias == "lora_only" and chosen)):
+            sizes.append(bias.numel())
+    return sizes
 
 # %% ../../nbs/api/21_memory.ipynb #1e68b481
 def cheaper(
