@@ -6,9 +6,9 @@
 __all__ = ['app', 'NOTICE', 'JsonOption', 'RunOption', 'RecipeOption', 'DataOption', 'ShapeOption', 'HubOption', 'ColumnOption',
            'BenchmarkOption', 'LeaksOption', 'SetOption', 'RunArgument', 'RunAgainOption', 'CLICK_ERROR', 'show',
            'parse_settings', 'parse_pairs', 'load_recipe', 'percent', 'comparison_table', 'show_comparison',
-           'which_run', 'demo_command', 'prepare_command', 'describe_account', 'train_command', 'evaluate_command',
-           'compare_command', 'report_command', 'verify_command', 'checked_claims', 'check_claim_command', 'main',
-           'fail']
+           'which_run', 'demo_command', 'prepare_command', 'describe_account', 'train_command', 'plan_command',
+           'evaluate_command', 'compare_command', 'report_command', 'verify_command', 'checked_claims',
+           'check_claim_command', 'main', 'fail']
 
 # %% ../nbs/api/90_cli.ipynb #b1dd3513
 import json
@@ -249,14 +249,36 @@ def train_command(
     drop_leaks: LeaksOption = False,
     settings: SetOption = None,
     restart: Annotated[bool, typer.Option("--restart", help="Train from the beginning instead of continuing.")] = False,
+    eval_only: Annotated[bool, typer.Option("--eval-only", help="Take the loss on the validation rows and train nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     "Prepare the rows and train a LoRA adapter; the same command continues an interrupted training."
     from medibuddy import flow
 
+    if eval_only:
+        losses = flow.validation_loss(load_recipe(recipe, data, shape, drop_leaks, settings, hub, columns, benchmarks), run)
+        tuned = "no adapter yet" if losses["tuned"] is None else f"tuned {losses['tuned']:.4f}"
+        show(losses, f"loss on {losses['rows']} validation rows: base {losses['base']:.4f}, {tuned}.", as_json)
+        return
     facts = flow.train(load_recipe(recipe, data, shape, drop_leaks, settings, hub, columns, benchmarks), run, resume=not restart)
     text = f"adapter: {Path(run).resolve() / 'adapter'}\n{facts['steps']} steps, loss {facts['first_loss']:.3f} to {facts['final_loss']:.3f}, {facts['tokens_per_second']:,.0f} tokens/s, {facts['trainable_parameters']:,} of {facts['total_parameters']:,} parameters trained.\nNext: medibuddy evaluate {run}"
     show(facts, text, as_json)
+
+# %% ../nbs/api/90_cli.ipynb #1f1ed58b
+@app.command("plan")
+def plan_command(
+    recipe: RecipeOption = "tiny",
+    gpu: Annotated[str, typer.Option("--gpu", help="The GPU: T4, L4, A100-40GB, ...")] = "T4",
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    "Predict the memory that a recipe needs on a GPU, part by part, and cheaper recipes where it does not fit. Loads no weights and needs no GPU."
+    from medibuddy.models.memory import plan
+
+    plans = plan(load_recipe(recipe, None, None, False, settings), gpu, ladder=True)
+    rungs = [f"  {step.verdict}: {step.peak / 1e9:.1f} GB with {', '.join(step.changes)}" for step in plans[1:]]
+    text = "\n".join([str(plans[0]), *(["cheaper, step by step:", *rungs] if rungs else [])])
+    show(plans[0].to_dict() | {"ladder": [step.to_dict() for step in plans[1:]]}, text, as_json)
 
 # %% ../nbs/api/90_cli.ipynb #2a146c15
 @app.command("evaluate")

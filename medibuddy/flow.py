@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'claim_run', 'reopen_run', 'source_sha256', 'do_prepare', 'prepare', 'read_split', 'show_training_rows',
-           'announce', 'do_train', 'train', 'locked_run', 'encode_questions', 'task_labels', 'guard_prompts',
-           'add_likelihoods', 'do_generate', 'do_score', 'evaluate', 'compare', 'report', 'demo']
+           'check_recipe', 'announce', 'load_for_training', 'do_train', 'training_rows', 'train', 'validation_loss',
+           'locked_run', 'encode_questions', 'task_labels', 'guard_prompts', 'add_likelihoods', 'do_generate',
+           'do_score', 'evaluate', 'compare', 'report', 'demo']
 
 # %% ../nbs/api/80_flow.ipynb #a1d060f4
 import os
@@ -20,9 +21,9 @@ from .data.card import data_card
 from .data.example import Example, labels_of
 from .data.gather import data_digests, data_sha256
 from .data.prepare import prepare_rows
-from .hardware import Hardware, describe_environment, detect_hardware
-from .models.loaders import add_lora, count_parameters, load_adapter, load_base, load_tokenizer, model_sha256
-from .recipe import Recipe, differences
+from .hardware import Hardware, describe_environment, detect_hardware, resolve_precision
+from .models.loaders import add_lora, check_machine, check_model, count_parameters, import_backend, load_adapter, load_base, load_tokenizer, model_sha256, train_all
+from .recipe import Recipe, differences, require
 from .run import Run, RunError, UsageError, check_inputs, locked, open_run, read_json, read_jsonl, sha256_text, stage, stage_key, to_json, write_atomic, write_json, write_jsonl
 
 # %% ../nbs/api/80_flow.ipynb #e87c6f13
@@ -35,6 +36,8 @@ def claim_run(
 ) -> Run:
     "Make or reopen the run directory of a recipe; raises `UsageError` when it belongs to something else"
     path = Path(run_dir)
+    for part in recipe.data.parts():
+        require(part.source == "embedded" or part.path is not None or part.hub, "data.path", part.path, f"the source {part.source!r} reads a file; give its path (`--data FILE`), or set `hub: true` (`--hub {part.source}`).")
     if (path / "manifest.json").exists():
         run = Run(path)
         check_inputs(run, "train", ["recipe.yaml"])
@@ -120,18 +123,52 @@ def show_training_rows(
     return show_rows(read_split(run, "train"), load_tokenizer(recipe.model.name, recipe.model.revision), recipe.model.max_seq_length, count, colour)
 
 # %% ../nbs/api/80_flow.ipynb #48208e99
+def check_recipe(
+    recipe: Recipe,
+) -> Hardware:  # this machine
+    "Refuse a recipe that cannot be trained here; raises `UsageError` with the remedy"
+    hardware = detect_hardware()
+    check_machine(recipe, hardware)
+    check_model(recipe)
+    return hardware
+
+# %% ../nbs/api/80_flow.ipynb #2e8641bb
 def announce(
     recipe: Recipe,
     hardware: Hardware,
-    model: Any,  # a PEFT model
-    rows: int,  # training rows
+    model: Any,  # a PEFT model, or a whole one
+    rows: list,  # training rows, encoded
+    tokenizer: Any,
 ) -> None:
-    "Say on standard error what is about to be trained, and on what"
-    trainable, total = count_parameters(model)
-    print(f"recipe {recipe.name}: {rows:,} rows, LoRA r={recipe.lora.r} through the {recipe.model.backend} backend, {trainable:,} of {total:,} parameters train", file=sys.stderr)
-    print(f"on {hardware.name} ({hardware.cpu_count} processors): {hardware.dtype}. {hardware.reason}", file=sys.stderr)
+    "Say on standard error what is about to be trained, on what, and what one row looks like"
+    from medibuddy.training.sft import planned_steps, preview_row
 
-# %% ../nbs/api/80_flow.ipynb #a37370a3
+    trainable, total = count_parameters(model)
+    model_settings, train_settings, dtype = recipe.model, recipe.train, resolve_precision(recipe.model.precision, hardware)
+    how = "every weight" if model_settings.full_finetuning else f"LoRA r={recipe.lora.r}"
+    print(preview_row(rows[0], tokenizer), file=sys.stderr)
+    print(f"recipe {recipe.name}: {len(rows):,} rows, {how} through the {model_settings.backend} backend{f', {model_settings.quantization} base' if model_settings.quantization else ''}, {trainable:,} of {total:,} parameters train", file=sys.stderr)
+    print(f"{planned_steps(recipe, len(rows)):,} steps of {train_settings.batch_size} x {train_settings.gradient_accumulation} rows, {train_settings.optimizer}, learning rate {train_settings.learning_rate:g} ({train_settings.scheduler})", file=sys.stderr)
+    print(f"on {hardware.name} ({hardware.cpu_count} processors): {dtype[0]}. {dtype[1]}", file=sys.stderr)
+    if hardware.device == "cuda":
+        from medibuddy.models.memory import plan
+
+        print(f"memory, predicted:\n{plan(recipe, int(hardware.memory_gb * 1e9))}", file=sys.stderr)
+
+# %% ../nbs/api/80_flow.ipynb #5db8c616
+def load_for_training(
+    recipe: Recipe,
+    hardware: Hardware,
+) -> Any:  # a PEFT model with a fresh adapter, or a whole model whose weights train
+    "Load the base model of a recipe and make it trainable"
+    settings, (dtype, _) = recipe.model, resolve_precision(recipe.model.precision, hardware)
+    if settings.full_finetuning:
+        return train_all(load_base(settings.name, settings.revision, "float32", hardware.device))
+    model = load_base(settings.name, settings.revision, dtype, hardware.device, settings.quantization, settings.backend, settings.max_seq_length)
+    wanted = recipe.train.gradient_checkpointing
+    return add_lora(model, recipe.lora, recipe.train.seed, settings.backend, hardware.device == "cuda" if wanted is None else wanted)
+
+# %% ../nbs/api/80_flow.ipynb #7174f3d5
 def do_train(
     run: Run,
     recipe: Recipe,
@@ -140,41 +177,74 @@ def do_train(
     "Train the adapter unless it is there already"
     base = {"name": recipe.model.name, "revision": recipe.model.revision, "sha256": model_sha256(recipe.model.name)}
     settings = recipe.to_dict()
-    depends = [base, settings["lora"], settings["train"], recipe.model.max_seq_length, recipe.model.backend]
+    depends = [base, settings["model"], settings["lora"], settings["train"]]
     inputs = ["data/train.jsonl", "data/validation.jsonl"]
     with stage(run, "train", depends, inputs, ["adapter/", "checkpoints/", "log.jsonl"]) as facts:
         if facts is not None:
-            hardware = detect_hardware()
+            hardware = check_recipe(recipe)
             if hardware.device == "cpu":
                 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # or Accelerate cannot restore its random state on resume
-            from medibuddy.data.chat import encode_all
             from medibuddy.training.sft import train_adapter
 
-            tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
-            train_rows, validation_rows = (encode_all(read_split(run, name), tokenizer, recipe.model.max_seq_length)[0] for name in ("train", "validation"))
-            model = load_base(recipe.model.name, recipe.model.revision, hardware.dtype, hardware.device)
+            tokenizer, (train_rows, validation_rows) = training_rows(run, recipe)
+            model = load_for_training(recipe, hardware)
             run.manifest["base_model"] = base | {"parameters": count_parameters(model)[1]}
-            model = add_lora(model, recipe.lora, recipe.train.seed)
-            announce(recipe, hardware, model, len(train_rows))
+            announce(recipe, hardware, model, train_rows, tokenizer)
             key = stage_key("train", depends, [run.manifest["files"][i]["sha256"] for i in inputs])
-            facts |= train_adapter(recipe, model, tokenizer, train_rows, validation_rows, run.path, key, resume)
+            facts |= train_adapter(recipe, model, tokenizer, train_rows, validation_rows, run.path, key, resume, resolve_precision(recipe.model.precision, hardware)[0])
             facts |= {"rows": len(train_rows), "hardware": hardware.to_dict()}
             run.manifest["environment"] = describe_environment()
     return run.manifest["stages"]["train"]
 
-# %% ../nbs/api/80_flow.ipynb #2e8641bb
+# %% ../nbs/api/80_flow.ipynb #9dee4e1f
+def training_rows(
+    run: Run,
+    recipe: Recipe,
+) -> tuple[Any, list[list]]:  # tokenizer; training and validation rows, encoded
+    "Encode the rows that were prepared"
+    from medibuddy.data.chat import encode_all
+
+    tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
+    return tokenizer, [encode_all(read_split(run, name), tokenizer, recipe.model.max_seq_length)[0] for name in ("train", "validation")]
+
+# %% ../nbs/api/80_flow.ipynb #4ce99668
 def train(
     recipe: Recipe,
     run_dir: str | Path,  # new, or the run directory of the same recipe
     resume: bool = True,  # continue an interrupted training; False starts it over
 ) -> dict:  # facts: steps, tokens, tokens_per_second, first_loss, final_loss, ...
     "Prepare the rows and train a LoRA adapter on them; raises `UsageError` for bad input and `RunError` for a failed training"
+    if not (Path(run_dir) / "manifest.json").exists():
+        check_recipe(recipe)  # before anything is written, or the folder would belong to a recipe that cannot be trained
+    import_backend(recipe.model.backend)
     with locked(run_dir):
         run = claim_run(recipe, run_dir)
         do_prepare(run, recipe)
         if not resume:
             run.manifest.get("stages", {}).pop("train", None)
         return do_train(run, recipe, resume)
+
+# %% ../nbs/api/80_flow.ipynb #a8f18619
+def validation_loss(
+    recipe: Recipe,
+    run_dir: str | Path,  # new, or the run directory of the same recipe
+) -> dict:  # rows, base (mean loss a label token) and tuned (None before training)
+    "Take the loss on the validation rows without training; raises `UsageError` for bad input"
+    import_backend(recipe.model.backend)
+    with locked(run_dir):
+        run, hardware = claim_run(recipe, run_dir), check_recipe(recipe)
+        do_prepare(run, recipe)
+        from medibuddy.training.sft import evaluate_loss
+
+        tokenizer, (_, rows) = training_rows(run, recipe)
+        if not rows:
+            raise UsageError("there are no validation rows; raise `data.validation_fraction`.")
+        dtype = resolve_precision(recipe.model.precision, hardware)[0]
+        settings, trained = recipe.model, run.intact("adapter/adapter_config.json") or run.intact("adapter/config.json")
+        base = load_base(settings.name, settings.revision, dtype, hardware.device, settings.quantization, settings.backend, settings.max_seq_length)
+        losses = {"base": evaluate_loss(recipe, base, tokenizer, rows, dtype)}
+        losses["tuned"] = evaluate_loss(recipe, load_adapter(base, run.path / "adapter"), tokenizer, rows, dtype) if trained else None
+    return {"rows": len(rows)} | losses
 
 # %% ../nbs/api/80_flow.ipynb #86e2c468
 @contextmanager
@@ -264,7 +334,7 @@ def do_generate(
         train_rows = read_split(run, "train") if recipe.eval.shots else []
         prompts = encode_questions(test, recipe, tokenizer, train_rows)
         guard_prompts(test, [prompt.text for prompt in prompts], recipe, train_rows)
-        model = load_base(recipe.model.name, recipe.model.revision, hardware.dtype, hardware.device)
+        model = load_base(recipe.model.name, recipe.model.revision, resolve_precision(recipe.model.precision, hardware)[0], hardware.device, recipe.model.quantization)
         if which == "tuned":
             model = load_adapter(model, run.path / "adapter")
         source = "".join(run.manifest["files"][name]["sha256"] for name in inputs)

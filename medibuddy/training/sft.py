@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['SEAL', 'STORAGE_WORDS', 'LengthGroupedSampler', 'seal_checkpoint', 'checkpoint_damage', 'print_error',
-           'find_checkpoint', 'explain_storage_error', 'AdapterTrainer', 'MonitorCallback', 'training_arguments',
-           'build_trainer', 'train_adapter', 'planned_steps', 'training_facts']
+           'find_checkpoint', 'explain_storage_error', 'AdapterTrainer', 'best_evaluation', 'MonitorCallback',
+           'PrecisionCallback', 'training_arguments', 'build_trainer', 'preview_row', 'prepare_checkpoints',
+           'train_adapter', 'load_best', 'evaluate_loss', 'planned_steps', 'training_facts']
 
 # %% ../../nbs/api/31_sft.ipynb #c98c6fad
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,11 @@ from trl import SFTConfig, SFTTrainer
 from ..data.chat import EncodedChat
 from ..data.packing import length_grouped_order
 from ..kernels.lora import fuse_lora, unfuse_lora
-from ..models.loaders import count_parameters, save_adapter
+from ..models.loaders import check_finite, count_parameters, save_adapter
 from ..recipe import Recipe
 from ..run import RunError, explain_os_error, folder_atomic, read_json, sha256_file, write_json
-from .monitor import Monitor, rewind_log
+from .monitor import Monitor, health_facts, rewind_log
+from .precision import ActivationProbe, check_dtypes, describe_dtypes, expected_dtypes, group_norms, optimizer_dtype, weight_dtypes
 
 # %% ../../nbs/api/31_sft.ipynb #abc988ef
 class LengthGroupedSampler(Sampler[int]):
@@ -135,10 +139,11 @@ class AdapterTrainer(SFTTrainer):
         stage_key: str,  # key of the training stage, kept in each checkpoint
         lengths: list[int],  # tokens of each training row
         checkpoints_kept: int,  # newest checkpoints that stay
+        best_step: Callable[[], int | None] = lambda: None,  # step of a checkpoint that stays however old it is
         **kwargs,
     ):
-        self.stage_key, self.lengths, self.checkpoints_kept = stage_key, lengths, checkpoints_kept
-        self.step_tokens, self.staging = 0, None
+        self.stage_key, self.lengths, self.checkpoints_kept, self.best_step = stage_key, lengths, checkpoints_kept, best_step
+        self.step_tokens, self.staging, self.ledger = 0, None, {}
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
@@ -148,11 +153,23 @@ class AdapterTrainer(SFTTrainer):
         self.step_tokens += int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def _clip_grad_norm(self, model):
+        scaler = self.accelerator.scaler
+        scale = {} if scaler is None else {"loss_scale": scaler.get_scale()}
+        total = super()._clip_grad_norm(model)
+        self.ledger = scale | {"grad_norms": group_norms(model, float(total), self.args.max_grad_norm)}
+        return total
+
+    def step_ledger(self) -> dict:
+        "What the monitor is told of the step that just ended, beside the Trainer's own numbers"
+        return self.ledger | ({"skipped": self.accelerator.optimizer_step_was_skipped} if "loss_scale" in self.ledger else {})
+
     def _get_output_dir(self, trial) -> str:
         return str(self.staging or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
         folder, step = Path(self.args.output_dir), self.state.global_step
+        check_finite(model)
         try:
             with folder_atomic(folder / f"checkpoint-{step}") as self.staging:
                 # Trainer's own, without the model card that TRL adds: it writes <staging>/checkpoint-N
@@ -166,43 +183,90 @@ class AdapterTrainer(SFTTrainer):
             raise explain_storage_error(error, folder / f"checkpoint-{step}") from error
         finally:
             self.staging = None
+        best = folder / f"checkpoint-{self.best_step()}"
         for old in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))[: -self.checkpoints_kept]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != best:
+                shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/api/31_sft.ipynb #9e1ead01
+def best_evaluation(
+    evaluations: dict[int, float],  # step -> validation loss
+    checkpoint_every: int,  # only steps with a checkpoint count
+    steps: int | None = None,  # the last step, which has a checkpoint too
+) -> int | None:  # step of the lowest loss, the earliest of several; None without any
+    "Find the checkpoint with the lowest validation loss"
+    kept = {step: loss for step, loss in evaluations.items() if step % checkpoint_every == 0 or step == steps}
+    return min(kept, key=lambda step: (kept[step], step)) if kept else None
+
+# %% ../../nbs/api/31_sft.ipynb #37bcbe57
 class MonitorCallback(TrainerCallback):
-    "Passes the Trainer's numbers to a `Monitor`"
+    "Passes the Trainer's numbers to a `Monitor`, and stops early"
 
     def __init__(
         self,
         monitor: Monitor,
+        patience: int | None = None,  # evaluations without a new lowest loss before the training ends; None never ends it early
     ):
-        self.monitor, self.trainer = monitor, None
+        self.monitor, self.patience, self.trainer = monitor, patience, None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.monitor.step(state.global_step, logs | {"epoch": state.epoch}, self.trainer.step_tokens)
+            self.monitor.step(state.global_step, logs | {"epoch": state.epoch} | self.trainer.step_ledger(), self.trainer.step_tokens)
             self.trainer.step_tokens = 0
         elif "eval_loss" in logs:
             self.monitor.evaluation(state.global_step, logs["eval_loss"])
+            losses = list(self.monitor.evaluations.values())
+            if self.patience and len(losses) - 1 - losses.index(min(losses)) >= self.patience:
+                print_error(f"stopping early after step {state.global_step}: the validation loss has not fallen below {min(losses):.4f} in {self.patience} evaluations.")
+                control.should_training_stop = True
+
+# %% ../../nbs/api/31_sft.ipynb #4cc4c682
+class PrecisionCallback(TrainerCallback):
+    "Reads the number formats of the first step, prints them, and stops the training when they are not those asked for"
+
+    def __init__(
+        self,
+        expected: dict[str, str],  # from `expected_dtypes`
+    ):
+        self.expected, self.found, self.probe, self.settled = expected, None, None, False
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.probe = ActivationProbe(model)
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.settled:
+            return
+        state_dtype = optimizer_dtype(getattr(optimizer, "optimizer", optimizer))
+        if self.found is None:
+            self.found = weight_dtypes(model) | {"activations": self.probe.remove()}
+        self.found["optimizer"] = state_dtype
+        check_dtypes(self.expected, self.found)
+        # a first step that overflow skipped leaves the optimizer without state: look again after the next
+        self.settled = state_dtype != "none" or self.expected["optimizer"] == "none"
+        if self.settled:
+            print_error(describe_dtypes(self.found))
 
 # %% ../../nbs/api/31_sft.ipynb #46eddbdc
 def training_arguments(
     recipe: Recipe,
     folder: Path,  # checkpoints/
     device: str,  # "cpu" or "cuda"
+    dtype: str = "float32",  # of the activations
 ) -> SFTConfig:
     "Translate a recipe into TRL's arguments"
     train = recipe.train
+    checkpointing = device == "cuda" if train.gradient_checkpointing is None else train.gradient_checkpointing is True
+    every = train.evaluate_every or train.checkpoint_every
     return SFTConfig(
         output_dir=str(folder), num_train_epochs=train.epochs, max_steps=train.max_steps or -1,
         per_device_train_batch_size=train.batch_size, per_device_eval_batch_size=train.batch_size, gradient_accumulation_steps=train.gradient_accumulation,
         learning_rate=train.learning_rate, lr_scheduler_type=train.scheduler, warmup_steps=train.warmup_ratio,
         optim=train.optimizer, weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm, seed=train.seed, data_seed=train.seed,
-        max_length=None, completion_only_loss=False, packing=False, use_cpu=device == "cpu", fp16=device == "cuda", bf16=False,
-        gradient_checkpointing=device == "cuda", dataloader_pin_memory=device == "cuda",
+        max_length=None, completion_only_loss=False, packing=False, use_cpu=device == "cpu",
+        fp16=dtype == "float16" and device == "cuda", bf16=dtype == "bfloat16", neftune_noise_alpha=train.neftune_noise_alpha,
+        gradient_checkpointing=checkpointing, dataloader_pin_memory=device == "cuda",
         logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, report_to="none",
-        save_strategy="steps", save_steps=train.checkpoint_every, eval_strategy="steps", eval_steps=train.checkpoint_every,
+        save_strategy="steps", save_steps=train.checkpoint_every, eval_strategy="steps", eval_steps=every,
     )
 
 # %% ../../nbs/api/31_sft.ipynb #f24d7f6f
@@ -214,54 +278,126 @@ def build_trainer(
     validation_rows: list[EncodedChat],
     folder: Path,  # checkpoints/
     key: str,  # key of the training stage
+    dtype: str = "float32",  # of the activations
 ) -> AdapterTrainer:
     "Put model, rows and recipe together"
     from transformers.trainer_callback import PrinterCallback
+
+    weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
 
     def dataset(rows):
         return Dataset.from_dict({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]})
 
     trainer = AdapterTrainer(
-        model=model, args=training_arguments(recipe, folder, next(model.parameters()).device.type),
+        model=model, args=training_arguments(recipe, folder, next(model.parameters()).device.type, dtype),
         train_dataset=dataset(train_rows), eval_dataset=dataset(validation_rows), processing_class=tokenizer,
         stage_key=key, lengths=[len(r.input_ids) for r in train_rows], checkpoints_kept=recipe.train.checkpoints_kept,
     )
     trainer.remove_callback(PrinterCallback)
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.data = weights[name]  # TRL rounds the adapter of a quantised model to bf16
     if recipe.model.backend == "medibuddy":
         print_error(str(fuse_lora(model)))
     return trainer
 
+# %% ../../nbs/api/31_sft.ipynb #d4723373
+def preview_row(
+    row: EncodedChat,
+    tokenizer: Any,
+    longest: int = 600,  # characters shown of the prompt's end and of the answer's beginning
+) -> str:  # a few lines
+    "Show a row and which of its tokens are trained"
+    def cut(text, tail):
+        return text if len(text) <= longest else (f"[... {len(text) - longest:,} characters] " + text[-longest:] if tail else text[:longest] + f" [{len(text) - longest:,} characters ...]")
+
+    parts, start = [], 0
+    trained = [label != -100 for label in row.labels]
+    while start < len(trained):
+        stop = next((i for i in range(start, len(trained)) if trained[i] != trained[start]), len(trained))
+        text = tokenizer.decode(row.input_ids[start:stop], skip_special_tokens=False)
+        parts.append(f"[[{cut(text, False)}]]" if trained[start] else cut(text, True))
+        start = stop
+    return f"row {row.id or 1}, {sum(trained)} of its {len(trained)} tokens are trained, between [[ and ]]:\n" + "".join(parts)
+
 # %% ../../nbs/api/31_sft.ipynb #7aceb192
+def prepare_checkpoints(
+    folder: Path,  # checkpoints/
+    resume: bool,  # False starts over
+) -> None:
+    "Make the folder of checkpoints, without what a killed process left half-written"
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".checkpoint-*"):  # a killed process left a checkpoint under its temporary name
+        shutil.rmtree(leftover, ignore_errors=True)
+
+# %% ../../nbs/api/31_sft.ipynb #20b19d5a
 def train_adapter(
     recipe: Recipe,
-    model: Any,  # a PEFT model with a fresh adapter
+    model: Any,  # a PEFT model with a fresh adapter, or a whole model whose weights train
     tokenizer: Any,
     train_rows: list[EncodedChat],
     validation_rows: list[EncodedChat],
     run_dir: Path,  # where checkpoints/, adapter/ and log.jsonl go
     key: str,  # key of the training stage
     resume: bool = True,  # continue from a checkpoint where there is one; False starts over
-) -> dict:  # facts for the manifest: steps, tokens, tokens_per_second, losses, parameter counts, resumed_at_step
-    "Train an adapter and save it; raises `RunError` when the loss is not finite or the disk is full"
-    folder = run_dir / "checkpoints"
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".checkpoint-*"):  # a killed process left a checkpoint under its temporary name
-        shutil.rmtree(leftover, ignore_errors=True)
+    dtype: str | None = None,  # of the activations; None takes that of the frozen weights
+) -> dict:  # facts for the manifest: steps, tokens, tokens_per_second, losses, parameter counts, resumed_at_step, dtypes, health
+    "Train an adapter and save it; raises `RunError` when the numbers are worthless, a library changed them, or the disk is full"
+    folder, train = run_dir / "checkpoints", recipe.train
+    dtype = dtype or str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    prepare_checkpoints(folder, resume)
     checkpoint, step = find_checkpoint(folder, key)
-    trainer = build_trainer(recipe, model, tokenizer, train_rows, validation_rows, folder, key)
-    monitor = Monitor(run_dir / "log.jsonl", planned_steps(recipe, len(train_rows)), rewind_log(run_dir / "log.jsonl", step))
-    callback = MonitorCallback(monitor)
+    trainer = build_trainer(recipe, model, tokenizer, train_rows, validation_rows, folder, key, dtype)
+    steps = planned_steps(recipe, len(train_rows))
+    monitor = Monitor(run_dir / "log.jsonl", steps, rewind_log(run_dir / "log.jsonl", step), max_skipped_steps=train.max_skipped_steps)
+    callback, precision = MonitorCallback(monitor, train.early_stopping), PrecisionCallback(expected_dtypes(recipe, dtype))
     callback.trainer = trainer
+    keep_best = train.keep_best or train.early_stopping is not None
+    if keep_best:
+        trainer.best_step = lambda: best_evaluation(monitor.evaluations, train.checkpoint_every, steps)
     trainer.add_callback(callback)
+    trainer.add_callback(precision)
     with monitor.bar:  # closed on an error too, or the bar would be drawn over its message
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if recipe.model.backend == "medibuddy":
         unfuse_lora(model)
+    best = load_best(trainer, folder, key) if keep_best else None
     with folder_atomic(run_dir / "adapter") as adapter:
         save_adapter(model, tokenizer, adapter)
-    return training_facts(run_dir, model, step)
+    return training_facts(run_dir, model, step) | ({"dtypes": precision.found} if precision.found else {}) | ({"best_step": best} if keep_best else {})
+
+# %% ../../nbs/api/31_sft.ipynb #c5a8f272
+def load_best(
+    trainer: AdapterTrainer,
+    folder: Path,  # checkpoints/
+    key: str,  # key of the training stage
+) -> int | None:  # its step; None keeps the last step's weights, because no validation loss was taken at a checkpoint
+    "Go back to the checkpoint with the lowest validation loss; raises `RunError` when it is damaged"
+    best = trainer.best_step()
+    if best is None:
+        return None
+    path = folder / f"checkpoint-{best}"
+    damage = checkpoint_damage(path, key)
+    if damage:
+        raise RunError(f"{path}, which has the lowest validation loss, cannot be read: {damage}. Train again with --restart.")
+    trainer._load_from_checkpoint(str(path))
+    return best
+
+# %% ../../nbs/api/31_sft.ipynb #5ca10616
+def evaluate_loss(
+    recipe: Recipe,
+    model: Any,  # any causal language model, with or without adapter
+    tokenizer: Any,
+    rows: list[EncodedChat],
+    dtype: str = "float32",  # of the activations
+) -> float:  # mean loss a label token
+    "Take the loss on rows as it is taken during training"
+    with tempfile.TemporaryDirectory() as folder:
+        plain = replace(recipe, model=replace(recipe.model, backend="peft"))  # kernels speed up training alone
+        trainer = build_trainer(plain, model, tokenizer, rows, rows, Path(folder), "", dtype)
+        return float(trainer.evaluate()["eval_loss"])
 
 # %% ../../nbs/api/31_sft.ipynb #4289e98e
 def planned_steps(
@@ -284,12 +420,13 @@ def training_facts(
     "Sum up a training from its log"
     from medibuddy.run import read_jsonl
 
-    steps = [row for row in read_jsonl(run_dir / "log.jsonl") if "loss" in row]
+    rows = read_jsonl(run_dir / "log.jsonl")
+    steps = [row for row in rows if "loss" in row]
     seconds = sum(row["seconds"] for row in steps)
     trainable, total = count_parameters(model)
     return {
         "steps": steps[-1]["step"], "tokens": steps[-1]["tokens"], "step_seconds": round(seconds, 3), "tokens_per_second": round(steps[-1]["tokens"] / seconds, 1),
         "first_loss": steps[0]["loss"], "final_loss": steps[-1]["loss"], "resumed_at_step": resumed_at_step,
         "trainable_parameters": trainable, "total_parameters": total,
-        "dtypes": {"base": str(next(p.dtype for p in model.parameters() if not p.requires_grad)).removeprefix("torch."), "lora": str(next(p.dtype for p in model.parameters() if p.requires_grad)).removeprefix("torch.")},
+        "dtypes": weight_dtypes(model), "health": health_facts(rows),
     }
