@@ -36,8 +36,7 @@ def claim_run(
 ) -> Run:
     "Make or reopen the run directory of a recipe; raises `UsageError` when it belongs to something else"
     path = Path(run_dir)
-    for part in recipe.data.parts():
-        require(part.source == "embedded" or part.path is not None or part.hub, "data.path", part.path, f"the source {part.source!r} reads a file; give its path (`--data FILE`), or set `hub: true` (`--hub {part.source}`).")
+    recipe.data.parts()  # a preset names a shape; raises where nothing says yet which file or published data set to read
     if (path / "manifest.json").exists():
         run = Run(path)
         check_inputs(run, "train", ["recipe.yaml"])

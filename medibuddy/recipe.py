@@ -140,6 +140,7 @@ class MixtureSource(SourceConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.source == "embedded" or self.path is not None or self.hub, "data.path", self.path, f"the source {self.source!r} reads a file; give its path (`--data FILE`), or set `hub: true` (`--hub {self.source}`).")
         require(self.weight is None or self.weight > 0, "weight", self.weight, "give a number above 0, or leave the source out.")
         require(self.cap is None or self.cap >= 1, "cap", self.cap, "give a number of rows of at least 1, or leave the source out.")
 
