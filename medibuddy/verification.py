@@ -211,7 +211,7 @@ def check_card(
     name = "data/README.md"
     if name in run.manifest.get("files", {}):
         rows = {split: [Example.from_dict(row) for row in read_jsonl(run.path / "data" / f"{split}.jsonl")] for split in ("train", "validation", "test")}
-        if (run.path / name).read_text(encoding="utf-8") != data_card(run.manifest["data"], rows):
+        if (run.path / name).read_bytes() != data_card(run.manifest["data"], rows).encode("utf-8"):
             yield Problem(name, "does not follow from the rows and the manifest of this run")
 
 # %% ../nbs/api/81_verification.ipynb #5b27b3a4
@@ -238,13 +238,14 @@ def verify(
         return Verification([*check_manifest(Path(run_dir))], 0, 0, ["nothing else was checked, since the manifest cannot be read"])
     problems, notes = [*check_manifest(run.path), *check_files(run)], []
     stages = run.manifest.get("stages", {})
-    broken = {problem.file for problem in problems}
     try:
-        problems += check_chain(run, stages, notes)
-    except (UsageError, KeyError, TypeError, AttributeError, IndexError) as error:
+        problems.extend(check_chain(run, stages, notes))  # what is found before an error stays
+    except (UsageError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        broken = {problem.file for problem in problems}
         if not broken:
             raise
         notes.append(f"the numbers were not all recomputed, since {', '.join(sorted(broken)[:3])} cannot be used: {type(error).__name__}: {error}")
+    broken = {problem.file for problem in problems}
     numbers = sum(count_numbers(read_json(run.path / name)) for name in ("metrics.json", "comparison.json") if name in run.manifest.get("files", {}) and name not in broken)
     return Verification(problems, len(run.manifest.get("files", {})), numbers, notes)
 

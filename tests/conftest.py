@@ -36,7 +36,7 @@ def environment(**more: str) -> dict:
 
 def medibuddy(*arguments, **more) -> subprocess.CompletedProcess:
     "Run the command line as a process of its own"
-    return subprocess.run([sys.executable, "-m", "medibuddy", *map(str, arguments)], capture_output=True, text=True, env=environment(**more.pop("env", {})), timeout=500, **more)
+    return subprocess.run([sys.executable, "-m", "medibuddy", *map(str, arguments)], capture_output=True, text=True, env=environment(**more.pop("env", {})), timeout=560, **more)
 
 
 @pytest.fixture

@@ -188,9 +188,9 @@ def test_a_megabyte_is_read_in_linear_time(kind):
         start = time.process_time()
         check_message(message)
         fastest = min(fastest, time.process_time() - start)
-        if fastest < 1:
+        if fastest < 3:
             break
-    assert fastest < 1, f"{kind}: {fastest:.2f} s"
+    assert fastest < 3, f"{kind}: {fastest:.2f} s"  # quadratic time would take many minutes
 
 
 @settings(max_examples=100, deadline=None)

@@ -171,7 +171,7 @@ def test_options_reach_the_trainer(tmp_path, tokenizer, rows, capsys):
 
 
 def test_the_best_checkpoint_is_what_is_saved(tmp_path, tokenizer, rows):
-    facts = train(tmp_path, tokenizer, rows, learning_rate=0.3, warmup_ratio=0, scheduler="constant", checkpoint_every=1, checkpoints_kept=1, keep_best=True)
+    facts = train(tmp_path, tokenizer, rows, learning_rate=3.0, warmup_ratio=0, scheduler="constant", checkpoint_every=1, checkpoints_kept=1, keep_best=True)
     losses = {row["step"]: row["eval_loss"] for row in read_jsonl(tmp_path / "log.jsonl") if "eval_loss" in row}
     assert facts["best_step"] == min(losses, key=losses.get) < facts["steps"] == 6
     best = tmp_path / "checkpoints" / f"checkpoint-{facts['best_step']}"
@@ -183,7 +183,7 @@ def test_the_best_checkpoint_is_what_is_saved(tmp_path, tokenizer, rows):
 def test_full_fine_tuning_saves_a_whole_model_that_loads(tmp_path, tokenizer, rows):
     from medibuddy.models.loaders import load_adapter, train_all
 
-    recipe = Recipe.load("tiny", max_steps=3, batch_size=2, full_finetuning=True, learning_rate=1e-4)
+    recipe = Recipe.load("tiny", max_steps=3, batch_size=2, full_finetuning=True, backend="peft", learning_rate=1e-4)
     base = load_base("embedded")
     facts = sft.train_adapter(recipe, train_all(load_base("embedded")), tokenizer, rows, rows[:2], tmp_path, "key", dtype="float32")
     assert facts["trainable_parameters"] == facts["total_parameters"] and facts["dtypes"]["lora"] == "none"
