@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'NOTICE', 'JsonOption', 'RunOption', 'RecipeOption', 'DataOption', 'ShapeOption', 'HubOption', 'ColumnOption',
-           'BenchmarkOption', 'LeaksOption', 'SetOption', 'RunArgument', 'RunAgainOption', 'CLICK_ERROR', 'show',
-           'parse_settings', 'parse_pairs', 'load_recipe', 'percent', 'comparison_table', 'show_comparison',
+           'BenchmarkOption', 'LeaksOption', 'SetOption', 'RunArgument', 'RunAgainOption', 'INTERRUPTED', 'CLICK_ERROR',
+           'show', 'parse_settings', 'parse_pairs', 'load_recipe', 'percent', 'comparison_table', 'show_comparison',
            'which_run', 'demo_command', 'prepare_command', 'describe_account', 'train_command', 'plan_command',
            'evaluate_command', 'compare_command', 'report_command', 'verify_command', 'checked_claims',
            'check_claim_command', 'main', 'fail']
@@ -371,6 +371,9 @@ def check_claim_command(
         raise typer.Exit(1)
 
 # %% ../nbs/api/90_cli.ipynb #d48e82b7
+INTERRUPTED = 130  # what shells report for Ctrl-C; newer releases of Typer turn the interrupt into this status themselves
+
+
 def main(
     arguments: list[str] | None = None,  # None takes the process's own
 ) -> None:
@@ -381,10 +384,11 @@ def main(
     try:
         status = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        print("\ninterrupted; run the same command again to continue where it was.", file=sys.stderr)
-        sys.exit(130)
+        status = INTERRUPTED
     except Exception as error:
         fail(error, "--json" in (arguments or sys.argv))
+    if status == INTERRUPTED:
+        print("\ninterrupted; run the same command again to continue where it was.", file=sys.stderr)
     sys.exit(status or 0)
 
 # %% ../nbs/api/90_cli.ipynb #56725e4a
