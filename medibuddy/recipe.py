@@ -129,6 +129,13 @@ class SourceConfig:
         require(self.dataset_revision is None or self.path is None, "data.dataset_revision", self.dataset_revision, "a folder is read as it is; leave the revision or the path out.")
         require(not self.columns or (not self.hub and self.source != "embedded"), "data.columns", self.columns, "only files have columns to map; the columns of published data sets are known.")
 
+    def require_origin(
+        self,
+        key: str = "data.path",  # recipe key, for the error
+    ) -> None:
+        "Raise `UsageError` when nothing says which file or published data set to read"
+        require(self.source == "embedded" or self.path is not None or self.hub, key, self.path, f"the source {self.source!r} reads a file; give its path (`--data FILE`), or set `hub: true` (`--hub {self.source}`).")
+
 # %% ../nbs/api/00_recipe.ipynb #68db6e55
 @dataclass(frozen=True)
 class MixtureSource(SourceConfig):
@@ -140,7 +147,7 @@ class MixtureSource(SourceConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.source == "embedded" or self.path is not None or self.hub, "data.path", self.path, f"the source {self.source!r} reads a file; give its path (`--data FILE`), or set `hub: true` (`--hub {self.source}`).")
+        self.require_origin()
         require(self.weight is None or self.weight > 0, "weight", self.weight, "give a number above 0, or leave the source out.")
         require(self.cap is None or self.cap >= 1, "cap", self.cap, "give a number of rows of at least 1, or leave the source out.")
 
@@ -164,6 +171,8 @@ class DataConfig(SourceConfig):
             value = getattr(self, name)
             require(0 < value < 0.5, f"data.{name}", value, "give a share above 0 and below 0.5.")
         super().__post_init__()
+        for number, benchmark in enumerate(self.benchmarks):
+            benchmark.require_origin(f"data.benchmarks[{number}].path")
         require(self.scrub in SCRUB, "data.scrub", self.scrub, nearest(self.scrub, SCRUB).strip())
         alone = all(getattr(self, f.name) == getattr(SourceConfig(), f.name) for f in fields(SourceConfig))
         require(not self.sources or alone, "data.sources", [part.source for part in self.sources], "there are several sources; say path, limit, columns and the like for each of them (or leave `sources` out).")

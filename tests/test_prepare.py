@@ -191,6 +191,7 @@ def test_one_id_for_two_rows_of_a_mixture_is_an_error(tmp_path):
     ({"sources": [{"source": "plain", "path": "a"}], "limit": 3}, ["data.sources", "for each of them"]),
     ({"sources": [{"source": "plain", "path": "a", "wieght": 3}]}, ["data.sources[0].wieght", "Did you mean `weight`?"]),
     ({"sources": [{"source": "plain"}]}, ["data.sources[0]", "data.path"]),
+    ({"benchmarks": [{"source": "medqa"}]}, ["data.benchmarks[0].path", "medqa"]),
     ({"source": "plain", "path": "a", "streaming": True}, ["data.streaming", "hub: true"]),
     ({"source": "medqa", "hub": True, "columns": {"a": "b"}}, ["data.columns"]),
     ({"source": "medqa", "hub": True, "path": "copy", "dataset_revision": "main"}, ["data.dataset_revision"]),
