@@ -31,7 +31,7 @@ from ..models.loaders import check_finite, count_parameters, save_adapter
 from ..recipe import Recipe
 from ..run import RunError, explain_os_error, folder_atomic, read_json, sha256_file, write_json
 from .monitor import Monitor, health_facts, rewind_log
-from .precision import ActivationProbe, check_dtypes, describe_dtypes, expected_dtypes, group_norms, optimizer_dtype, weight_dtypes
+from .precision import ActivationProbe, check_dtypes, describe_dtypes, expected_dtypes, gradient_groups, group_norms, optimizer_dtype, weight_dtypes
 
 # %% ../../nbs/api/31_sft.ipynb #abc988ef
 class LengthGroupedSampler(Sampler[int]):
@@ -143,7 +143,7 @@ class AdapterTrainer(SFTTrainer):
         **kwargs,
     ):
         self.stage_key, self.lengths, self.checkpoints_kept, self.best_step = stage_key, lengths, checkpoints_kept, best_step
-        self.step_tokens, self.staging, self.ledger = 0, None, {}
+        self.step_tokens, self.staging, self.ledger, self.groups = 0, None, {}, None
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
@@ -157,7 +157,8 @@ class AdapterTrainer(SFTTrainer):
         scaler = self.accelerator.scaler
         scale = {} if scaler is None else {"loss_scale": scaler.get_scale()}
         total = super()._clip_grad_norm(model)
-        self.ledger = scale | {"grad_norms": group_norms(model, float(total), self.args.max_grad_norm)}
+        self.groups = self.groups or gradient_groups(model)  # at the first step, when all wrapping is done
+        self.ledger = scale | {"grad_norms": group_norms(self.groups, float(total), self.args.max_grad_norm)}
         return total
 
     def step_ledger(self) -> dict:
