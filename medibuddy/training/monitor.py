@@ -92,6 +92,7 @@ class Monitor:
         step: int,  # optimizer step, from 1
         logs: dict,  # loss, learning_rate, grad_norm and epoch as the Trainer reports them; loss_scale, skipped and grad_norms where they are known
         tokens: int,  # real tokens in this step
+        durable: bool = True,  # wait until the row is on the disk, as before a checkpoint
     ) -> None:
         "Log one optimizer step; raises `RunError` when its loss is not finite or too many were skipped"
         now = self.clock()
@@ -103,7 +104,7 @@ class Monitor:
         self.skipped = self.skipped + 1 if skipped else 0
         row = {"step": step, "epoch": round(float(logs["epoch"]), 4), "loss": loss, "learning_rate": float(logs["learning_rate"]), "grad_norm": norm if math.isfinite(norm) else None}
         row |= {key: logs[key] for key in ("loss_scale", "skipped", "grad_norms") if key in logs}
-        append_jsonl(self.path, [row | {"tokens": self.tokens, "seconds": round(seconds, 4)}])
+        append_jsonl(self.path, [row | {"tokens": self.tokens, "seconds": round(seconds, 4)}], durable)
         if self.skipped >= self.max_skipped_steps:
             raise RunError(explain_skipped(step, self.skipped, float(logs.get("loss_scale", 1.0))))
         self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens / max(seconds, 1e-9):,.0f} tokens/s", refresh=False)

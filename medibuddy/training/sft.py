@@ -143,7 +143,7 @@ class AdapterTrainer(SFTTrainer):
         **kwargs,
     ):
         self.stage_key, self.lengths, self.checkpoints_kept, self.best_step = stage_key, lengths, checkpoints_kept, best_step
-        self.step_tokens, self.staging, self.ledger, self.groups = 0, None, {}, None
+        self.step_tokens, self.staging, self.ledger, self.groups, self.weights = 0, None, {}, None, None
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
@@ -152,6 +152,11 @@ class AdapterTrainer(SFTTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         self.step_tokens += int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs) -> int:
+        # the Trainer's own estimate, but the weights are counted once: it names every parameter for that, at each forward pass
+        self.weights = self.weights or self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs[self.model.main_input_name].numel() * self.weights
 
     def _clip_grad_norm(self, model):
         scaler = self.accelerator.scaler
@@ -212,7 +217,8 @@ class MonitorCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.monitor.step(state.global_step, logs | {"epoch": state.epoch} | self.trainer.step_ledger(), self.trainer.step_tokens)
+            # a resumed run keeps the rows up to its checkpoint, so only a step that is saved waits for the disk
+            self.monitor.step(state.global_step, logs | {"epoch": state.epoch} | self.trainer.step_ledger(), self.trainer.step_tokens, durable=control.should_save)
             self.trainer.step_tokens = 0
         elif "eval_loss" in logs:
             self.monitor.evaluation(state.global_step, logs["eval_loss"])
