@@ -25,6 +25,7 @@ from .hardware import Hardware, describe_environment, detect_hardware, resolve_p
 from .models.loaders import add_lora, check_machine, check_model, count_parameters, import_backend, load_adapter, load_base, load_tokenizer, model_sha256, train_all
 from .recipe import Recipe, differences, require
 from .run import Run, RunError, UsageError, check_inputs, locked, open_run, read_json, read_jsonl, sha256_text, stage, stage_key, to_json, write_atomic, write_json, write_jsonl
+from .training.tracking import check_tracking
 
 # %% ../nbs/api/80_flow.ipynb #e87c6f13
 SPLITS = ("train", "validation", "test")
@@ -128,6 +129,7 @@ def check_recipe(
     "Refuse a recipe that cannot be trained here; raises `UsageError` with the remedy"
     hardware = detect_hardware()
     check_machine(recipe, hardware)
+    check_tracking(recipe.track)
     check_model(recipe)
     return hardware
 
@@ -178,7 +180,7 @@ def do_train(
     settings = recipe.to_dict()
     depends = [base, settings["model"], settings["lora"], settings["train"]]
     inputs = ["data/train.jsonl", "data/validation.jsonl"]
-    with stage(run, "train", depends, inputs, ["adapter/", "checkpoints/", "log.jsonl"]) as facts:
+    with stage(run, "train", depends, inputs, ["adapter/", "checkpoints/", "log.jsonl", "resources.jsonl"]) as facts:
         if facts is not None:
             hardware = check_recipe(recipe)
             if hardware.device == "cpu":

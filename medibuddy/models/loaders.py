@@ -260,6 +260,9 @@ def add_lora(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    config = model.peft_config["default"]
+    if isinstance(config.target_modules, set):  # a set's order changes from process to process, and with it the saved file's hash
+        config.target_modules = sorted(config.target_modules)
     return model
 
 # %% ../../nbs/api/20_loaders.ipynb #dce9e2c4

@@ -28,10 +28,12 @@ from ..data.chat import EncodedChat
 from ..data.packing import length_grouped_order
 from ..kernels.lora import fuse_lora, unfuse_lora
 from ..models.loaders import check_finite, count_parameters, save_adapter
-from ..recipe import Recipe
-from ..run import RunError, explain_os_error, folder_atomic, read_json, sha256_file, write_json
+from ..recipe import Recipe, TrackConfig
+from ..run import RunError, explain_os_error, folder_atomic, read_json, read_jsonl, sha256_file, write_json
+from .meter import Meter, resource_facts
 from .monitor import Monitor, health_facts, rewind_log
 from .precision import ActivationProbe, check_dtypes, describe_dtypes, expected_dtypes, gradient_groups, group_norms, optimizer_dtype, weight_dtypes
+from .tracking import tracked_values, tracking
 
 # %% ../../nbs/api/31_sft.ipynb #abc988ef
 class LengthGroupedSampler(Sampler[int]):
@@ -170,6 +172,10 @@ class AdapterTrainer(SFTTrainer):
         "What the monitor is told of the step that just ended, beside the Trainer's own numbers"
         return self.ledger | ({"skipped": self.accelerator.optimizer_step_was_skipped} if "loss_scale" in self.ledger else {})
 
+    def log(self, logs, *args, **kwargs) -> None:
+        # trackers that the recipe names get the ledger too; log.jsonl gets it from the monitor
+        super().log(logs | tracked_values(self.step_ledger()) if self.args.report_to and "loss" in logs else logs, *args, **kwargs)
+
     def _get_output_dir(self, trial) -> str:
         return str(self.staging or self.args.output_dir)
 
@@ -263,7 +269,8 @@ def training_arguments(
     "Translate a recipe into TRL's arguments"
     train = recipe.train
     checkpointing = device == "cuda" if train.gradient_checkpointing is None else train.gradient_checkpointing is True
-    every = train.evaluate_every or train.checkpoint_every
+    every, track = train.evaluate_every or train.checkpoint_every, recipe.track
+    trackers = [name for name in track.report_to if name != "wandb" or track.wandb_mode != "disabled"]
     return SFTConfig(
         output_dir=str(folder), num_train_epochs=train.epochs, max_steps=train.max_steps or -1,
         per_device_train_batch_size=train.batch_size, per_device_eval_batch_size=train.batch_size, gradient_accumulation_steps=train.gradient_accumulation,
@@ -272,7 +279,8 @@ def training_arguments(
         max_length=None, completion_only_loss=False, packing=False, use_cpu=device == "cpu",
         fp16=dtype == "float16" and device == "cuda", bf16=dtype == "bfloat16", neftune_noise_alpha=train.neftune_noise_alpha,
         gradient_checkpointing=checkpointing, dataloader_pin_memory=device == "cuda",
-        logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, report_to="none",
+        logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True,
+        report_to=trackers or "none", run_name=track.run_name or folder.parent.name, project=track.project,
         save_strategy="steps", save_steps=train.checkpoint_every, eval_strategy="steps", eval_steps=every,
     )
 
@@ -346,15 +354,17 @@ def train_adapter(
     tokenizer: Any,
     train_rows: list[EncodedChat],
     validation_rows: list[EncodedChat],
-    run_dir: Path,  # where checkpoints/, adapter/ and log.jsonl go
+    run_dir: Path,  # where checkpoints/, adapter/, log.jsonl and resources.jsonl go
     key: str,  # key of the training stage
     resume: bool = True,  # continue from a checkpoint where there is one; False starts over
     dtype: str | None = None,  # of the activations; None takes that of the frozen weights
-) -> dict:  # facts for the manifest: steps, tokens, tokens_per_second, losses, parameter counts, resumed_at_step, dtypes, health
+) -> dict:  # facts for the manifest: steps, tokens, tokens_per_second, losses, parameter counts, resumed_at_step, dtypes, health, resources
     "Train an adapter and save it; raises `RunError` when the numbers are worthless, a library changed them, or the disk is full"
     folder, train = run_dir / "checkpoints", recipe.train
     dtype = dtype or str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     prepare_checkpoints(folder, resume)
+    if not resume:
+        (run_dir / "resources.jsonl").unlink(missing_ok=True)
     checkpoint, step = find_checkpoint(folder, key)
     trainer = build_trainer(recipe, model, tokenizer, train_rows, validation_rows, folder, key, dtype)
     steps = planned_steps(recipe, len(train_rows))
@@ -366,14 +376,16 @@ def train_adapter(
         trainer.best_step = lambda: best_evaluation(monitor.evaluations, train.checkpoint_every, steps)
     trainer.add_callback(callback)
     trainer.add_callback(precision)
-    with monitor.bar:  # closed on an error too, or the bar would be drawn over its message
+    # closed on an error too: the bar would be drawn over its message, a tracker would take the training for a running one
+    with monitor.bar, Meter(run_dir / "resources.jsonl"), tracking(recipe, run_dir, key[:16]):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if recipe.model.backend == "medibuddy":
         unfuse_lora(model)
     best = load_best(trainer, folder, key) if keep_best else None
     with folder_atomic(run_dir / "adapter") as adapter:
         save_adapter(model, tokenizer, adapter)
-    return training_facts(run_dir, model, step) | ({"dtypes": precision.found} if precision.found else {}) | ({"best_step": best} if keep_best else {})
+    used = resource_facts(read_jsonl(run_dir / "resources.jsonl"), recipe.track.kwh_price, recipe.track.hour_price)
+    return training_facts(run_dir, model, step) | {"resources": used} | ({"dtypes": precision.found} if precision.found else {}) | ({"best_step": best} if keep_best else {})
 
 # %% ../../nbs/api/31_sft.ipynb #c5a8f272
 def load_best(
@@ -402,7 +414,7 @@ def evaluate_loss(
 ) -> float:  # mean loss a label token
     "Take the loss on rows as it is taken during training"
     with tempfile.TemporaryDirectory() as folder:
-        plain = replace(recipe, model=replace(recipe.model, backend="peft"))  # kernels speed up training alone
+        plain = replace(recipe, model=replace(recipe.model, backend="peft"), track=TrackConfig())  # kernels speed up training alone
         trainer = build_trainer(plain, model, tokenizer, rows, rows, Path(folder), "", dtype)
         return float(trainer.evaluate()["eval_loss"])
 
@@ -425,8 +437,6 @@ def training_facts(
     resumed_at_step: int,  # 0 for a run in one go
 ) -> dict:
     "Sum up a training from its log"
-    from medibuddy.run import read_jsonl
-
     rows = read_jsonl(run_dir / "log.jsonl")
     steps = [row for row in rows if "loss" in row]
     seconds = sum(row["seconds"] for row in steps)
