@@ -6,8 +6,8 @@
 __all__ = ['app', 'NOTICE', 'JsonOption', 'RunOption', 'RecipeOption', 'DataOption', 'ShapeOption', 'HubOption', 'ColumnOption',
            'BenchmarkOption', 'LeaksOption', 'SetOption', 'RunArgument', 'RunAgainOption', 'INTERRUPTED', 'CLICK_ERROR',
            'show', 'parse_settings', 'parse_pairs', 'load_recipe', 'percent', 'comparison_table', 'show_comparison',
-           'which_run', 'demo_command', 'prepare_command', 'describe_account', 'train_command', 'plan_command',
-           'evaluate_command', 'compare_command', 'report_command', 'verify_command', 'checked_claims',
+           'which_run', 'demo_command', 'prepare_command', 'describe_account', 'train_command', 'download_command',
+           'plan_command', 'evaluate_command', 'compare_command', 'report_command', 'verify_command', 'checked_claims',
            'check_claim_command', 'main', 'fail']
 
 # %% ../nbs/api/90_cli.ipynb #b1dd3513
@@ -263,6 +263,21 @@ def train_command(
     facts = flow.train(load_recipe(recipe, data, shape, drop_leaks, settings, hub, columns, benchmarks), run, resume=not restart)
     text = f"adapter: {Path(run).resolve() / 'adapter'}\n{facts['steps']} steps, loss {facts['first_loss']:.3f} to {facts['final_loss']:.3f}, {facts['tokens_per_second']:,.0f} tokens/s, {facts['trainable_parameters']:,} of {facts['total_parameters']:,} parameters trained.\nNext: medibuddy evaluate {run}"
     show(facts, text, as_json)
+
+# %% ../nbs/api/90_cli.ipynb #2f4a3b40
+@app.command("download")
+def download_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model on the Hugging Face Hub, as owner/name.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="A commit, tag or branch; the default branch otherwise.")] = None,
+    folder: Annotated[str | None, typer.Option("--to", metavar="FOLDER", help="A folder of its own instead of the hub's cache.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    "Download a model's safetensors, configuration and tokenizer; the same command continues a download that was cut off."
+    from medibuddy.models.download import download
+
+    facts = download(model, revision, folder)
+    use = f"model.name={facts['folder']}" if folder else f"model.name={model} --set model.revision={facts['revision']}"
+    show(facts, f"{facts['files']} files, {facts['bytes'] / 1e9:.2f} GB in {facts['folder']}\nrevision {facts['revision']}\nNext: --set {use}", as_json)
 
 # %% ../nbs/api/90_cli.ipynb #1f1ed58b
 @app.command("plan")
