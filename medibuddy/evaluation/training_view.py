@@ -8,7 +8,7 @@ __all__ = ['STYLES', 'TRAINING_FIGURES', 'norms_figure', 'health_table', 'resour
 # %% ../../nbs/api/44b_training_view.ipynb #954ee7dc
 from matplotlib.ticker import MaxNLocator
 
-from .figures import BASE_COLOUR, FONT, LOST_COLOUR, TUNED_COLOUR, new_figure, to_png
+from .figures import FONT, LOST_COLOUR, TUNED_COLOUR, new_figure, to_png
 from .tables import duration, percent, table, thousands
 
 # %% ../../nbs/api/44b_training_view.ipynb #af8c88dd
@@ -57,17 +57,14 @@ def resources_figure(
     if len(rows) < 2:
         return None
     on_gpu = all("gpu_power_w" in row for row in rows)
-    memory, load, label = ("gpu_memory_mb", "gpu_power_w", "power (W)") if on_gpu else ("memory_mb", "processors", "processors busy")
-    figure, axes = new_figure(2.4, columns=2)
-    seconds = [row["seconds"] for row in rows]
-    for axis, values, name in ((axes[0], [row[memory] / 1000 for row in rows], "memory (GB)"), (axes[1], [row[load] for row in rows], label)):
-        axis.plot(seconds, values, color=TUNED_COLOUR, linewidth=1.2)
+    wanted = [("gpu_memory_mb", 1e-3, "memory (GB)"), ("gpu_power_w", 1, "power (W)"), ("gpu_utilisation", 100, "busy (%)")] if on_gpu else [("memory_mb", 1e-3, "memory (GB)"), ("processors", 1, "processors busy")]
+    figure, axes = new_figure(2.4, columns=len(wanted))
+    for axis, (key, unit, name) in zip(axes, wanted):
+        axis.plot([row["seconds"] for row in rows], [row[key] * unit for row in rows], color=TUNED_COLOUR, linewidth=1.2)
         axis.set(xlabel="seconds", ylim=(0, None))
         axis.set_title(name, fontsize=FONT["size"], color="#222222")
-        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.xaxis.set_major_locator(MaxNLocator(3))
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-    if on_gpu:
-        axes[1].plot(seconds, [row["gpu_utilisation"] * max(r["gpu_power_w"] for r in rows) for row in rows], color=BASE_COLOUR, linewidth=0.8, zorder=1)
     return to_png(figure)
 
 # %% ../../nbs/api/44b_training_view.ipynb #f1beabe9
