@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CONFIGURATIONS', 'JOB', 'RESULT', 'Launch', 'share_batch', 'check_launch', 'launched', 'strategy_arguments',
-           'is_main', 'wait_for_all', 'agree', 'die_with_parent', 'launch_command', 'run_workers', 'read_result']
+           'is_main', 'wait_for_all', 'agree', 'check_spread', 'die_with_parent', 'launch_command', 'run_workers',
+           'read_result']
 
 # %% ../../nbs/api/33_launch.ipynb #5f944b18
 import os
@@ -136,6 +137,24 @@ def agree(
     box = [choose() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box)
     return box[0]
+
+# %% ../../nbs/api/33_launch.ipynb #a054f1b5
+def check_spread(
+    launch: Launch | None,  # of this process
+    model: Any,  # as the Trainer wrapped it
+) -> None:
+    "Stop a training that is not spread as it was asked to be; raises `RunError`"
+    if launch is None:
+        return
+    wrapped = type(model).__name__
+    if launch.kind.startswith("fsdp"):
+        as_asked = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    elif launch.kind.startswith("zero3"):
+        as_asked = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    else:
+        as_asked = wrapped == ("DistributedDataParallel" if launch.kind == "ddp" else "DeepSpeedEngine")
+    if not as_asked:
+        raise RunError(f"--launch {launch.kind} was asked for, but the model was wrapped as {wrapped}, and nothing was divided as it should be. Use --launch ddp, or install the versions of constraints.txt.")
 
 # %% ../../nbs/api/33_launch.ipynb #54eec0e2
 JOB, RESULT = ".job.json", ".result.json"  # in the run directory, while workers train

@@ -83,9 +83,7 @@ class Monitor:
         self.tokens = trained[-1]["tokens"] if trained else 0  # real tokens so far, padding not counted
         self.losses = [row["loss"] for row in trained]
         self.evaluations = {row["step"]: row["eval_loss"] for row in kept if "eval_loss" in row}  # step -> loss on the validation rows
-        self.skipped = 0  # in a row
-        for row in trained:
-            self.skipped = self.skipped + 1 if row.get("skipped") else 0
+        self.skipped = next((count for count, row in enumerate(reversed(trained)) if not row.get("skipped")), len(trained))  # in a row
         self.bar = progress(steps, "training", "step", done=len(trained), silent=path is None)
 
     def write(self, row: dict, durable: bool) -> None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEAL', 'STORAGE_WORDS', 'LengthGroupedSampler', 'seal_checkpoint', 'checkpoint_damage', 'print_error',
-           'find_checkpoint', 'explain_storage_error', 'AdapterTrainer', 'best_evaluation', 'MonitorCallback',
-           'PrecisionCallback', 'training_arguments', 'layer_class', 'build_trainer', 'preview_row',
+           'find_checkpoint', 'explain_storage_error', 'LedgerTrainer', 'AdapterTrainer', 'best_evaluation',
+           'MonitorCallback', 'PrecisionCallback', 'training_arguments', 'layer_class', 'build_trainer', 'preview_row',
            'prepare_checkpoints', 'starting_point', 'save_result', 'train_adapter', 'load_best', 'evaluate_loss',
            'planned_steps', 'training_facts']
 
@@ -32,7 +32,7 @@ from ..kernels.lora import fuse_lora, unfuse_lora
 from ..models.loaders import check_finite, count_parameters, save_adapter
 from ..recipe import Recipe, TrackConfig
 from ..run import RunError, explain_os_error, folder_atomic, read_json, read_jsonl, sha256_file, write_json
-from .launch import agree, is_main, launched, strategy_arguments, wait_for_all
+from .launch import agree, check_spread, is_main, launched, strategy_arguments, wait_for_all
 from .meter import Meter, resource_facts
 from .monitor import Monitor, health_facts, rewind_log
 from .precision import ActivationProbe, check_dtypes, describe_dtypes, expected_dtypes, gradient_groups, group_norms, optimizer_dtype, weight_dtypes
@@ -135,20 +135,16 @@ def explain_storage_error(
     return error
 
 # %% ../../nbs/api/31_sft.ipynb #6523a1a7
-class AdapterTrainer(SFTTrainer):
-    "TRL's trainer with seeded length grouping, checkpoints that appear whole, and a count of real tokens"
+class LedgerTrainer(SFTTrainer):
+    "TRL's trainer with seeded length grouping, a count of real tokens, and a ledger of each step"
 
     def __init__(
         self,
         *args,
-        stage_key: str,  # key of the training stage, kept in each checkpoint
         lengths: list[int],  # tokens of each training row
-        checkpoints_kept: int,  # newest checkpoints that stay
-        best_step: Callable[[], int | None] = lambda: None,  # step of a checkpoint that stays however old it is
         **kwargs,
     ):
-        self.stage_key, self.lengths, self.checkpoints_kept, self.best_step = stage_key, lengths, checkpoints_kept, best_step
-        self.step_tokens, self.staging, self.ledger, self.groups, self.weights = 0, None, {}, None, None
+        self.lengths, self.step_tokens, self.ledger, self.groups, self.weights = lengths, 0, {}, None, None
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
@@ -167,7 +163,9 @@ class AdapterTrainer(SFTTrainer):
         scaler = self.accelerator.scaler
         scale = {} if scaler is None else {"loss_scale": scaler.get_scale()}
         total = super()._clip_grad_norm(model)
-        self.groups = self.groups or gradient_groups(model)  # at the first step, when all wrapping is done
+        if self.groups is None:  # the first step, when all wrapping is done
+            check_spread(launched(), model)
+            self.groups = gradient_groups(model)
         self.ledger = scale | ({} if total is None else {"grad_norms": group_norms(self.groups, float(total), self.args.max_grad_norm)})
         return total
 
@@ -183,6 +181,21 @@ class AdapterTrainer(SFTTrainer):
     def log(self, logs, *args, **kwargs) -> None:
         # trackers that the recipe names get the ledger too; log.jsonl gets it from the monitor
         super().log(logs | tracked_values(self.step_ledger()) if self.args.report_to and "loss" in logs else logs, *args, **kwargs)
+
+# %% ../../nbs/api/31_sft.ipynb #cadc0cb0
+class AdapterTrainer(LedgerTrainer):
+    "The same, with checkpoints that appear whole, in one process or several"
+
+    def __init__(
+        self,
+        *args,
+        stage_key: str,  # key of the training stage, kept in each checkpoint
+        checkpoints_kept: int,  # newest checkpoints that stay
+        best_step: Callable[[], int | None] = lambda: None,  # step of a checkpoint that stays however old it is
+        **kwargs,
+    ):
+        self.stage_key, self.checkpoints_kept, self.best_step, self.staging = stage_key, checkpoints_kept, best_step, None
+        super().__init__(*args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
         return str(self.staging or self.args.output_dir)
