@@ -6,8 +6,8 @@
 __all__ = ['app', 'NOTICE', 'JsonOption', 'RunOption', 'RecipeOption', 'DataOption', 'ShapeOption', 'HubOption', 'ColumnOption',
            'BenchmarkOption', 'LeaksOption', 'SetOption', 'RunArgument', 'RunAgainOption', 'INTERRUPTED', 'CLICK_ERROR',
            'show', 'parse_settings', 'parse_pairs', 'load_recipe', 'percent', 'comparison_table', 'show_comparison',
-           'which_run', 'demo_command', 'prepare_command', 'describe_account', 'train_command', 'plan_command',
-           'evaluate_command', 'compare_command', 'report_command', 'verify_command', 'checked_claims',
+           'which_run', 'demo_command', 'prepare_command', 'describe_account', 'train_command', 'download_command',
+           'plan_command', 'evaluate_command', 'compare_command', 'report_command', 'verify_command', 'checked_claims',
            'check_claim_command', 'main', 'fail']
 
 # %% ../nbs/api/90_cli.ipynb #b1dd3513
@@ -250,19 +250,44 @@ def train_command(
     settings: SetOption = None,
     restart: Annotated[bool, typer.Option("--restart", help="Train from the beginning instead of continuing.")] = False,
     eval_only: Annotated[bool, typer.Option("--eval-only", help="Take the loss on the validation rows and train nothing.")] = False,
+    launch: Annotated[str | None, typer.Option("--launch", metavar="KIND", help="Train in several processes: ddp, zero2, zero3 or fsdp; zero and fsdp with -offload for the host's memory.")] = None,
+    processes: Annotated[int, typer.Option("--processes", help="With --launch: processes on this machine, one for each GPU.")] = 2,
+    nodes: Annotated[int, typer.Option("--nodes", help="With --launch: machines.")] = 1,
+    node_rank: Annotated[int, typer.Option("--node-rank", help="With --nodes: this machine's number, from 0.")] = 0,
+    main_address: Annotated[str, typer.Option("--main-address", help="With --nodes: machine 0, as the others reach it.")] = "127.0.0.1",
+    main_port: Annotated[int, typer.Option("--main-port", help="With --nodes: a free port on machine 0.")] = 29500,
     as_json: JsonOption = False,
 ) -> None:
     "Prepare the rows and train a LoRA adapter; the same command continues an interrupted training."
     from medibuddy import flow
+    from medibuddy.training.launch import Launch
 
     if eval_only:
         losses = flow.validation_loss(load_recipe(recipe, data, shape, drop_leaks, settings, hub, columns, benchmarks), run)
         tuned = "no adapter yet" if losses["tuned"] is None else f"tuned {losses['tuned']:.4f}"
         show(losses, f"loss on {losses['rows']} validation rows: base {losses['base']:.4f}, {tuned}.", as_json)
         return
-    facts = flow.train(load_recipe(recipe, data, shape, drop_leaks, settings, hub, columns, benchmarks), run, resume=not restart)
+    facts = flow.train(load_recipe(recipe, data, shape, drop_leaks, settings, hub, columns, benchmarks), run, resume=not restart, launch=Launch(launch, processes, nodes, node_rank, main_address, main_port) if launch else None)
+    if not facts:
+        show(facts, f"machine {node_rank} is done; the adapter and its facts are with machine 0.", as_json)
+        return
     text = f"adapter: {Path(run).resolve() / 'adapter'}\n{facts['steps']} steps, loss {facts['first_loss']:.3f} to {facts['final_loss']:.3f}, {facts['tokens_per_second']:,.0f} tokens/s, {facts['trainable_parameters']:,} of {facts['total_parameters']:,} parameters trained.\nNext: medibuddy evaluate {run}"
     show(facts, text, as_json)
+
+# %% ../nbs/api/90_cli.ipynb #2f4a3b40
+@app.command("download")
+def download_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model on the Hugging Face Hub, as owner/name.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="A commit, tag or branch; the default branch otherwise.")] = None,
+    folder: Annotated[str | None, typer.Option("--to", metavar="FOLDER", help="A folder of its own instead of the hub's cache.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    "Download a model's safetensors, configuration and tokenizer; the same command continues a download that was cut off."
+    from medibuddy.models.download import download
+
+    facts = download(model, revision, folder)
+    use = f"model.name={facts['folder']}" if folder else f"model.name={model} --set model.revision={facts['revision']}"
+    show(facts, f"{facts['files']} files, {facts['bytes'] / 1e9:.2f} GB in {facts['folder']}\nrevision {facts['revision']}\nNext: --set {use}", as_json)
 
 # %% ../nbs/api/90_cli.ipynb #1f1ed58b
 @app.command("plan")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'claim_run', 'reopen_run', 'source_sha256', 'do_prepare', 'prepare', 'read_split', 'show_training_rows',
-           'check_recipe', 'announce', 'load_for_training', 'do_train', 'training_rows', 'train', 'validation_loss',
-           'locked_run', 'encode_questions', 'task_labels', 'guard_prompts', 'add_likelihoods', 'do_generate',
-           'do_score', 'evaluate', 'compare', 'report', 'demo']
+           'check_recipe', 'announce', 'load_for_training', 'train_here', 'do_train', 'training_rows', 'train',
+           'validation_loss', 'locked_run', 'encode_questions', 'task_labels', 'guard_prompts', 'add_likelihoods',
+           'do_generate', 'do_score', 'evaluate', 'compare', 'report', 'demo']
 
 # %% ../nbs/api/80_flow.ipynb #a1d060f4
 import os
@@ -25,6 +25,8 @@ from .hardware import Hardware, describe_environment, detect_hardware, resolve_p
 from .models.loaders import add_lora, check_machine, check_model, count_parameters, import_backend, load_adapter, load_base, load_tokenizer, model_sha256, train_all
 from .recipe import Recipe, differences, require
 from .run import Run, RunError, UsageError, check_inputs, locked, open_run, read_json, read_jsonl, sha256_text, stage, stage_key, to_json, write_atomic, write_json, write_jsonl
+from .training.launch import Launch, check_launch, run_workers
+from .training.tracking import check_tracking
 
 # %% ../nbs/api/80_flow.ipynb #e87c6f13
 SPLITS = ("train", "validation", "test")
@@ -128,6 +130,7 @@ def check_recipe(
     "Refuse a recipe that cannot be trained here; raises `UsageError` with the remedy"
     hardware = detect_hardware()
     check_machine(recipe, hardware)
+    check_tracking(recipe.track)
     check_model(recipe)
     return hardware
 
@@ -168,30 +171,41 @@ def load_for_training(
     return add_lora(model, recipe.lora, recipe.train.seed, settings.backend, hardware.device == "cuda" if wanted is None else wanted)
 
 # %% ../nbs/api/80_flow.ipynb #7174f3d5
+def train_here(
+    run: Run,
+    recipe: Recipe,
+    key: str,  # key of the training stage
+    resume: bool,
+) -> dict:  # facts of the training stage
+    "Load, announce and train in this process, alone or as one of several"
+    hardware = check_recipe(recipe)
+    if hardware.device == "cpu":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # or Accelerate cannot restore its random state on resume
+    from medibuddy.training.sft import train_adapter
+
+    tokenizer, (train_rows, validation_rows) = training_rows(run, recipe)
+    model = load_for_training(recipe, hardware)
+    announce(recipe, hardware, model, train_rows, tokenizer)
+    facts = train_adapter(recipe, model, tokenizer, train_rows, validation_rows, run.path, key, resume, resolve_precision(recipe.model.precision, hardware)[0])
+    return facts | {"rows": len(train_rows), "hardware": hardware.to_dict()}
+
+# %% ../nbs/api/80_flow.ipynb #89337b8c
 def do_train(
     run: Run,
     recipe: Recipe,
     resume: bool,
+    launch: Launch | None = None,  # None trains in this process
 ) -> dict:  # facts of the training stage
     "Train the adapter unless it is there already"
     base = {"name": recipe.model.name, "revision": recipe.model.revision, "sha256": model_sha256(recipe.model.name)}
     settings = recipe.to_dict()
     depends = [base, settings["model"], settings["lora"], settings["train"]]
     inputs = ["data/train.jsonl", "data/validation.jsonl"]
-    with stage(run, "train", depends, inputs, ["adapter/", "checkpoints/", "log.jsonl"]) as facts:
+    with stage(run, "train", depends, inputs, ["adapter/", "checkpoints/", "log.jsonl", "resources.jsonl"]) as facts:
         if facts is not None:
-            hardware = check_recipe(recipe)
-            if hardware.device == "cpu":
-                os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # or Accelerate cannot restore its random state on resume
-            from medibuddy.training.sft import train_adapter
-
-            tokenizer, (train_rows, validation_rows) = training_rows(run, recipe)
-            model = load_for_training(recipe, hardware)
-            run.manifest["base_model"] = base | {"parameters": count_parameters(model)[1]}
-            announce(recipe, hardware, model, train_rows, tokenizer)
             key = stage_key("train", depends, [run.manifest["files"][i]["sha256"] for i in inputs])
-            facts |= train_adapter(recipe, model, tokenizer, train_rows, validation_rows, run.path, key, resume, resolve_precision(recipe.model.precision, hardware)[0])
-            facts |= {"rows": len(train_rows), "hardware": hardware.to_dict()}
+            facts |= run_workers(launch, run.path, {"recipe": settings, "key": key, "resume": resume}) if launch else train_here(run, recipe, key, resume)
+            run.manifest["base_model"] = base | {"parameters": facts["total_parameters"]}
             run.manifest["environment"] = describe_environment()
     return run.manifest["stages"]["train"]
 
@@ -211,8 +225,13 @@ def train(
     recipe: Recipe,
     run_dir: str | Path,  # new, or the run directory of the same recipe
     resume: bool = True,  # continue an interrupted training; False starts it over
+    launch: Launch | None = None,  # several processes; None trains in this one
 ) -> dict:  # facts: steps, tokens, tokens_per_second, first_loss, final_loss, ...
     "Prepare the rows and train a LoRA adapter on them; raises `UsageError` for bad input and `RunError` for a failed training"
+    if launch:
+        check_launch(recipe, launch)
+        if launch.node_rank:  # machine 0 prepares the rows, holds the lock and keeps the manifest; its workers wait for these
+            return run_workers(launch, Path(run_dir), {})
     if not (Path(run_dir) / "manifest.json").exists():
         check_recipe(recipe)  # before anything is written, or the folder would belong to a recipe that cannot be trained
     import_backend(recipe.model.backend)
@@ -221,7 +240,7 @@ def train(
         do_prepare(run, recipe)
         if not resume:
             run.manifest.get("stages", {}).pop("train", None)
-        return do_train(run, recipe, resume)
+        return do_train(run, recipe, resume, launch)
 
 # %% ../nbs/api/80_flow.ipynb #a8f18619
 def validation_loss(
@@ -401,7 +420,7 @@ def report(
     from medibuddy.evaluation.report import write_report
 
     with locked_run(run_dir) as (run, _):
-        inputs = ["metrics.json", "comparison.json", "generations/base.jsonl", "generations/tuned.jsonl", "log.jsonl", "data/test.jsonl"]
+        inputs = ["metrics.json", "comparison.json", "generations/base.jsonl", "generations/tuned.jsonl", "log.jsonl", "data/test.jsonl"] + ["resources.jsonl"] * ("resources.jsonl" in run.manifest.get("files", {}))
         with stage(run, "report", [run.manifest.get("stages", {}).get("compare"), run.manifest.get("stages", {}).get("train")], inputs, ["report.md", "report.html", "figures/"]) as facts:
             if facts is not None:
                 write_report(run.path)

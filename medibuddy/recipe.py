@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'BACKENDS', 'PRECISIONS', 'QUANTIZATIONS', 'PROJECTIONS', 'BIASES', 'INITIALISATIONS', 'SCRUB',
-           'SCHEDULERS', 'BITSANDBYTES_OPTIMIZERS', 'OPTIMIZERS', 'SECTIONS', 'SECTION_OF', 'TRANSLATIONS', 'LEFT_OUT',
-           'nearest', 'require', 'ModelConfig', 'LoraConfig', 'SourceConfig', 'MixtureSource', 'DataConfig',
-           'TrainConfig', 'EvalConfig', 'layer_numbers', 'convert_nested', 'convert_one', 'convert',
-           'check_combination', 'Recipe', 'build_section', 'recipe_from_dict', 'StrictLoader', 'read_recipe_file',
-           'translate', 'said_otherwise', 'find_recipe', 'apply_overrides', 'differences']
+           'SCHEDULERS', 'BITSANDBYTES_OPTIMIZERS', 'OPTIMIZERS', 'TRACKERS', 'WANDB_MODES', 'SECTIONS', 'SECTION_OF',
+           'TRANSLATIONS', 'LEFT_OUT', 'nearest', 'require', 'ModelConfig', 'LoraConfig', 'SourceConfig',
+           'MixtureSource', 'DataConfig', 'TrainConfig', 'EvalConfig', 'TrackConfig', 'layer_numbers', 'convert_nested',
+           'convert_one', 'convert', 'check_combination', 'Recipe', 'build_section', 'recipe_from_dict', 'StrictLoader',
+           'read_recipe_file', 'translate', 'said_otherwise', 'find_recipe', 'apply_overrides', 'differences']
 
 # %% ../nbs/api/00_recipe.ipynb #324922c7
 import difflib
@@ -260,6 +260,31 @@ class EvalConfig:
         require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "give at least 1.")
         require(self.eval_batch_size >= 1, "eval.eval_batch_size", self.eval_batch_size, "give at least 1.")
 
+# %% ../nbs/api/00_recipe.ipynb #8752d7df
+TRACKERS = ("wandb", "tensorboard", "trackio")
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    "Who is told how a training goes, and what it costs"
+
+    report_to: tuple[str, ...] = ()  # "wandb", "tensorboard" and "trackio", each as the Transformers Trainer drives it
+    wandb_mode: str = "offline"  # "offline" (kept in the run directory; `wandb sync` sends it later), "online" or "disabled"
+    project: str = "medibuddy"  # of W&B and Trackio
+    run_name: str | None = None  # None takes the name of the run directory
+    tags: tuple[str, ...] = ()  # of W&B
+    kwh_price: float | None = None  # of a kilowatt-hour, in any currency; None leaves energy out of the cost
+    hour_price: float | None = None  # of the machine, in the same currency; None leaves it out
+
+    def __post_init__(self):
+        for tracker in self.report_to:
+            require(tracker in TRACKERS, "track.report_to", list(self.report_to), nearest(tracker, TRACKERS).strip())
+        require(self.wandb_mode in WANDB_MODES, "track.wandb_mode", self.wandb_mode, nearest(self.wandb_mode, WANDB_MODES).strip())
+        require(bool(self.project.strip()), "track.project", self.project, "give a name.")
+        for name in ("kwh_price", "hour_price"):
+            require(getattr(self, name) is None or getattr(self, name) >= 0, f"track.{name}", getattr(self, name), "give a price of 0 or more, or leave it out.")
+
 # %% ../nbs/api/00_recipe.ipynb #33c40dbd
 def layer_numbers(
     value: Any,  # a list of whole numbers, or a text such as "0,4-7"
@@ -382,6 +407,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self):
         room = self.model.max_seq_length - self.eval.max_new_tokens
@@ -417,7 +443,7 @@ SECTION_OF = {f.name: section for section, config in SECTIONS.items() for f in f
 
 # %% ../nbs/api/00_recipe.ipynb #89aaf006
 def build_section(
-    section: str,  # "model", "lora", "data", "train" or "eval"
+    section: str,  # "model", "lora", "data", "train", "eval" or "track"
     values: Any,  # a mapping of field names to values
 ) -> Any:  # the section's dataclass
     "Build one section; raises `UsageError` for an unknown key or a wrong value"
@@ -481,12 +507,12 @@ TRANSLATIONS = {  # their key -> ours
     "data.max_seq_length": "model.max_seq_length", "data.per_device_train_batch_size": "train.batch_size", "data.per_device_eval_batch_size": "eval.eval_batch_size", "data.data_path": "data.path",
     "train.num_train_epochs": "train.epochs", "train.per_device_train_batch_size": "train.batch_size", "train.per_device_eval_batch_size": "eval.eval_batch_size", "train.gradient_accumulation_steps": "train.gradient_accumulation",
     "train.lr_scheduler_type": "train.scheduler", "train.optim": "train.optimizer", "train.eval_steps": "train.evaluate_every", "train.save_steps": "train.checkpoint_every", "train.save_total_limit": "train.checkpoints_kept",
-    "train.early_stopping_patience": "train.early_stopping", "train.load_best_model_at_end": "train.keep_best",
+    "train.early_stopping_patience": "train.early_stopping", "train.load_best_model_at_end": "train.keep_best", "train.run_name": "track.run_name", "train.wandb_project": "track.project",
 }
 LEFT_OUT = {  # their key -> why it has no place in a recipe
     "model.tokenizer_name": "the tokenizer is the model's own", "model.cache_dir": "set HF_HOME", "model.trust_remote_code": "code from a model's repository is never run", "model.use_local_model": "a folder as `model.name` is local",
-    "train.output_dir": "give it as --run", "train.logging_steps": "every step is logged", "train.deepspeed": "one process", "train.use_sagemaker": "runs here", "train.sagemaker_bucket": "runs here", "train.sagemaker_role": "runs here",
-    "train.aws_region": "runs here", "train.report_to": "nothing is reported to outside services",
+    "train.output_dir": "give it as --run", "train.logging_steps": "every step is logged", "train.deepspeed": "give it as --launch", "train.use_sagemaker": "runs here", "train.sagemaker_bucket": "runs here", "train.sagemaker_role": "runs here",
+    "train.aws_region": "runs here",
 }
 
 # %% ../nbs/api/00_recipe.ipynb #dc3a27c3
@@ -526,6 +552,9 @@ def said_otherwise(
         return {"model.precision": key[-4:]} if value else {"": None}
     if key in ("model.load_in_4bit", "model.load_in_8bit"):
         return {"model.quantization": f"{key[-4]}bit"} if value else {"": None}
+    if key == "train.report_to":
+        trackers = [name for name in ([value] if isinstance(value, str) else value or []) if name != "none"]
+        return {"track.report_to": trackers} if trackers else {"": None}
     if key == "data.data_dir":  # a folder of train.jsonl, validation.jsonl and test.jsonl with instruction, input and output
         return {"data.source": "healthcaremagic", "data.path": f"{value}/train.jsonl"}
     return None
@@ -566,6 +595,6 @@ def differences(
     ours: Recipe,  # the recipe asked for
     theirs: Recipe,  # the recipe a run directory was made with
 ) -> list[str]:  # "section.key: theirs -> ours"
-    "List the keys in which two recipes differ"
-    flat = [{f"{s}.{k}": v for s in SECTIONS for k, v in r.to_dict()[s].items()} for r in (ours, theirs)]
+    "List the keys in which two recipes differ; who is told of a run does not count"
+    flat = [{f"{s}.{k}": v for s in SECTIONS if s != "track" for k, v in r.to_dict()[s].items()} for r in (ours, theirs)]
     return [f"{key}: {flat[1][key]!r} there, {flat[0][key]!r} asked" for key in flat[0] if flat[0][key] != flat[1][key]]

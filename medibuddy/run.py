@@ -172,13 +172,15 @@ def read_jsonl(
 def append_jsonl(
     path: str | Path,  # file to append to; created when absent
     rows: Iterable[dict],  # JSON-ready rows
+    durable: bool = True,  # wait until the file is on the disk; False leaves that to the system, which a killed process survives and a power cut may not
 ) -> None:
-    "Append rows as JSON lines and flush them to the disk"
+    "Append rows as JSON lines"
     try:
         with open(path, "ab") as file:
             file.write("".join(to_json(row, indent=None) for row in rows).encode("utf-8"))
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
     except OSError as error:
         raise explain_os_error(error, path) from error
 

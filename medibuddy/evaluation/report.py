@@ -22,6 +22,7 @@ from .measures import MEASURE_NAMES
 from .metrics import decided, text_scores
 from .paired import spell_p
 from .tables import SPACE, class_table, cost_table, data_table, environment_table, error_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
+from .training_view import TRAINING_FIGURES, draw_training, health_table, resource_table
 from ..recipe import Recipe
 from ..run import UsageError, open_run, read_json, read_jsonl, sha256_text, write_atomic
 
@@ -98,6 +99,7 @@ def collect(
         "metrics": read_json(run.path / "metrics.json"),
         "comparison": read_json(run.path / "comparison.json"),
         "log": read_if_there(run.path / "log.jsonl", read_jsonl, []),
+        "resources": read_if_there(run.path / "resources.jsonl", read_jsonl, []),
         "answers": pair_answers(examples, answers["base"], answers["tuned"]),
     }
 
@@ -159,7 +161,7 @@ FIGURES = {  # name -> caption, text for those who cannot see it
     "confusion": ("Decisions read from the answers against the gold decisions. The last column counts answers that state no readable decision.", "Confusion matrices of base and tuned model; recall and precision of each decision are in the table."),
     "flips": ("Questions that changed sides.", "Bars of questions gained and lost; the numbers are in the text."),
     "loss": ("Loss during training.", "Curve of the training loss by optimizer step."),
-}
+} | TRAINING_FIGURES
 
 
 def headline(
@@ -241,7 +243,7 @@ def view(
 ) -> dict:  # what the templates print
     "Choose and format what a report says"
     comparison, recipe = facts["comparison"], facts["recipe"]
-    drawn = draw_figures(facts["metrics"], comparison, facts["log"])
+    drawn = draw_figures(facts["metrics"], comparison, facts["log"]) | draw_training(facts["log"], facts["resources"])
     return {
         "title": f"Before and after tuning: {recipe.get('name', 'a run')}",
         "about": f"Base model: {model_name(facts)}. Rows: {recipe.get('data', {}).get('source', 'not recorded')}",
@@ -260,7 +262,7 @@ def view(
             "errors": error_table(facts), "measures": measure_table(facts), "official": official_table(facts),
             "types": group_table(facts, "by_question_type", "Question", "Types of question."),
             "lengths": group_table(facts, "by_answer_length", "Reference answer", "Length of the reference answer."),
-            "settings": setting_table(facts), "cost": cost_table(facts), "environment": environment_table(facts), "files": file_table(facts),
+            "settings": setting_table(facts), "health": health_table(facts), "resources": resource_table(facts), "cost": cost_table(facts), "environment": environment_table(facts), "files": file_table(facts),
         },
         "figures": {name: {"caption": FIGURES[name][0], "alt": FIGURES[name][1]} for name in FIGURES if name in drawn},
         "flips": comparison["flips"] if comparison["n"] else None,
@@ -341,7 +343,7 @@ def write_report(
 ) -> Path:  # report.html
     "Write figures, report.md and report.html; raises `UsageError` when the run was not compared yet"
     facts, folder = collect(run_dir), Path(run_dir)
-    drawn = draw_figures(facts["metrics"], facts["comparison"], facts["log"])
+    drawn = draw_figures(facts["metrics"], facts["comparison"], facts["log"]) | draw_training(facts["log"], facts["resources"])
     for stale in (folder / "figures").glob("*.png"):
         if stale.stem not in drawn:
             stale.unlink()

@@ -260,6 +260,9 @@ def add_lora(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    config = model.peft_config["default"]
+    if isinstance(config.target_modules, set):  # a set's order changes from process to process, and with it the saved file's hash
+        config.target_modules = sorted(config.target_modules)
     return model
 
 # %% ../../nbs/api/20_loaders.ipynb #dce9e2c4
@@ -278,7 +281,8 @@ def count_parameters(
     "Count a model's parameters"
     def size(parameter):  # 4-bit weights are packed two to a byte, in a flat tensor
         state = getattr(parameter, "quant_state", None)
-        return parameter.numel() if state is None else math.prod(state.shape)
+        whole = getattr(parameter, "ds_numel", None)  # DeepSpeed leaves an empty tensor where it divided one
+        return (whole or parameter.numel()) if state is None else math.prod(state.shape)
 
     sizes = [(size(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
@@ -299,10 +303,11 @@ def save_adapter(
     model: Any,  # a PEFT model, or a whole one
     tokenizer: Any,  # its tokenizer
     folder: str | Path,  # an existing folder to fill
+    weights: dict | None = None,  # the model's weights where several processes hold a part of them; None takes them from the model
 ) -> None:
     "Save adapter (or whole model) and tokenizer; raises `RunError` when a weight is not finite"
     check_finite(model)
-    model.save_pretrained(str(folder), safe_serialization=True)
+    model.save_pretrained(str(folder), safe_serialization=True, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(str(folder))
     (Path(folder) / "README.md").unlink(missing_ok=True)
 

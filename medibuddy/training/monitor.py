@@ -24,11 +24,12 @@ def progress(
     unit: str,  # name of one unit
     done: int = 0,  # units finished by an earlier, interrupted run
     file: Any = None,  # where to write; None is standard error
+    silent: bool = False,  # show nothing
 ) -> tqdm:  # a bar; call `update(n)` and `close()`
     "Make a progress bar that shows rate and time left"
     file = file or sys.stderr
     interval = 0.1 if file.isatty() else 10.0
-    return tqdm(total=total, initial=done, desc=description, unit=unit, file=file, mininterval=interval, maxinterval=interval, dynamic_ncols=True, leave=True)
+    return tqdm(total=total, initial=done, desc=description, unit=unit, file=file, mininterval=interval, maxinterval=interval, dynamic_ncols=True, leave=True, disable=silent)
 
 # %% ../../nbs/api/30_monitor.ipynb #07c52bb9
 def rewind_log(
@@ -71,27 +72,31 @@ class Monitor:
 
     def __init__(
         self,
-        path: str | Path,  # log.jsonl, already rewound
+        path: str | Path | None,  # log.jsonl, already rewound; None writes and shows nothing, as in all processes but one
         steps: int,  # optimizer steps in all
         kept: list[dict],  # rows kept from an interrupted run
         clock: Callable[[], float] = time.perf_counter,  # seconds
         max_skipped_steps: int = 20,  # skipped steps in a row that stop the run
     ):
-        self.path, self.clock, self.last, self.max_skipped_steps = Path(path), clock, clock(), max_skipped_steps
+        self.path, self.clock, self.last, self.max_skipped_steps = Path(path) if path else None, clock, clock(), max_skipped_steps
         trained = [row for row in kept if "loss" in row]
         self.tokens = trained[-1]["tokens"] if trained else 0  # real tokens so far, padding not counted
         self.losses = [row["loss"] for row in trained]
         self.evaluations = {row["step"]: row["eval_loss"] for row in kept if "eval_loss" in row}  # step -> loss on the validation rows
-        self.skipped = 0  # in a row
-        for row in trained:
-            self.skipped = self.skipped + 1 if row.get("skipped") else 0
-        self.bar = progress(steps, "training", "step", done=len(trained))
+        self.skipped = next((count for count, row in enumerate(reversed(trained)) if not row.get("skipped")), len(trained))  # in a row
+        self.bar = progress(steps, "training", "step", done=len(trained), silent=path is None)
+
+    def write(self, row: dict, durable: bool) -> None:
+        "Append one row to the log"
+        if self.path is not None:
+            append_jsonl(self.path, [row], durable)
 
     def step(
         self,
         step: int,  # optimizer step, from 1
         logs: dict,  # loss, learning_rate, grad_norm and epoch as the Trainer reports them; loss_scale, skipped and grad_norms where they are known
         tokens: int,  # real tokens in this step
+        durable: bool = True,  # wait until the row is on the disk, as before a checkpoint
     ) -> None:
         "Log one optimizer step; raises `RunError` when its loss is not finite or too many were skipped"
         now = self.clock()
@@ -103,7 +108,7 @@ class Monitor:
         self.skipped = self.skipped + 1 if skipped else 0
         row = {"step": step, "epoch": round(float(logs["epoch"]), 4), "loss": loss, "learning_rate": float(logs["learning_rate"]), "grad_norm": norm if math.isfinite(norm) else None}
         row |= {key: logs[key] for key in ("loss_scale", "skipped", "grad_norms") if key in logs}
-        append_jsonl(self.path, [row | {"tokens": self.tokens, "seconds": round(seconds, 4)}])
+        self.write(row | {"tokens": self.tokens, "seconds": round(seconds, 4)}, durable)
         if self.skipped >= self.max_skipped_steps:
             raise RunError(explain_skipped(step, self.skipped, float(logs.get("loss_scale", 1.0))))
         self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens / max(seconds, 1e-9):,.0f} tokens/s", refresh=False)
@@ -117,7 +122,7 @@ class Monitor:
         "Log the loss on the validation rows; the time it took does not count as training. Raises `RunError` when it is not finite"
         if not math.isfinite(loss):
             raise RunError(explain_bad_loss(step, loss, 0.0))
-        append_jsonl(self.path, [{"step": step, "eval_loss": float(loss)}])
+        self.write({"step": step, "eval_loss": float(loss)}, durable=True)
         self.evaluations[step] = float(loss)
         self.last = self.clock()
 

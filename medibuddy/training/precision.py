@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['expected_dtypes', 'dtype_name', 'join_names', 'weight_dtypes', 'optimizer_dtype', 'ActivationProbe', 'check_dtypes',
-           'describe_dtypes', 'group_norms']
+           'describe_dtypes', 'gradient_groups', 'group_norms']
 
 # %% ../../nbs/api/30a_precision.ipynb #7d9fa794
 from typing import Any
@@ -115,20 +115,28 @@ def describe_dtypes(
     return f"precision: base {found['base']}, LoRA {found['lora']}, activations {found['activations']}, optimizer {found['optimizer']}"
 
 # %% ../../nbs/api/30a_precision.ipynb #cc44b20a
+def gradient_groups(
+    model: Any,  # a model whose trainable weights stay the same ones from now on
+) -> dict[str, list[torch.nn.Parameter]]:  # name of a kind of layer -> its trainable weights
+    "Group what trains by kind of layer"
+    groups: dict[str, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
+            groups.setdefault(layer.rpartition(".")[2], []).append(parameter)
+    return dict(sorted(groups.items()))
+
+# %% ../../nbs/api/30a_precision.ipynb #de4a9c75
 def group_norms(
-    model: Any,  # a model with gradients, already clipped
+    groups: dict[str, list[torch.nn.Parameter]],  # from `gradient_groups`; the gradients are clipped already
     total: float,  # norm of all gradients before clipping
     clipped_to: float,  # `train.max_grad_norm`
 ) -> dict[str, float | None]:  # group -> norm before clipping; None where it is not finite
     "Divide the gradient norm among the kinds of layers"
-    groups: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            layer = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
-            groups.setdefault(layer.rpartition(".")[2], []).append(parameter.grad)
-    names, scale = sorted(groups), max(1.0, (total + 1e-6) / clipped_to)
-    if not names:
+    gradients = {name: [p.grad for p in weights if p.grad is not None] for name, weights in groups.items()}
+    gradients, scale = {name: found for name, found in gradients.items() if found}, max(1.0, (total + 1e-6) / clipped_to)
+    if not gradients:
         return {}
-    norms = torch.stack([torch.linalg.vector_norm(torch.stack(torch._foreach_norm(groups[name]))) for name in names]).tolist()
+    norms = torch.stack([torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found))) for found in gradients.values()]).tolist()
     finite = all(norm == norm and abs(norm) != float("inf") for norm in [total, *norms])
-    return {name: float(f"{norm * scale:.6g}") if finite else None for name, norm in zip(names, norms, strict=True)}
+    return {name: float(f"{norm * scale:.6g}") if finite else None for name, norm in zip(gradients, norms, strict=True)}

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SEAL', 'STORAGE_WORDS', 'LengthGroupedSampler', 'seal_checkpoint', 'checkpoint_damage', 'print_error',
-           'find_checkpoint', 'explain_storage_error', 'AdapterTrainer', 'best_evaluation', 'MonitorCallback',
-           'PrecisionCallback', 'training_arguments', 'build_trainer', 'preview_row', 'prepare_checkpoints',
-           'train_adapter', 'load_best', 'evaluate_loss', 'planned_steps', 'training_facts']
+           'find_checkpoint', 'explain_storage_error', 'LedgerTrainer', 'AdapterTrainer', 'best_evaluation',
+           'MonitorCallback', 'PrecisionCallback', 'training_arguments', 'layer_class', 'build_trainer', 'preview_row',
+           'prepare_checkpoints', 'starting_point', 'save_result', 'train_adapter', 'load_best', 'evaluate_loss',
+           'planned_steps', 'training_facts']
 
 # %% ../../nbs/api/31_sft.ipynb #c98c6fad
 import os
@@ -14,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,13 @@ from ..data.chat import EncodedChat
 from ..data.packing import length_grouped_order
 from ..kernels.lora import fuse_lora, unfuse_lora
 from ..models.loaders import check_finite, count_parameters, save_adapter
-from ..recipe import Recipe
-from ..run import RunError, explain_os_error, folder_atomic, read_json, sha256_file, write_json
+from ..recipe import Recipe, TrackConfig
+from ..run import RunError, explain_os_error, folder_atomic, read_json, read_jsonl, sha256_file, write_json
+from .launch import agree, check_spread, is_main, launched, strategy_arguments, wait_for_all
+from .meter import Meter, resource_facts
 from .monitor import Monitor, health_facts, rewind_log
-from .precision import ActivationProbe, check_dtypes, describe_dtypes, expected_dtypes, group_norms, optimizer_dtype, weight_dtypes
+from .precision import ActivationProbe, check_dtypes, describe_dtypes, expected_dtypes, gradient_groups, group_norms, optimizer_dtype, weight_dtypes
+from .tracking import tracked_values, tracking
 
 # %% ../../nbs/api/31_sft.ipynb #abc988ef
 class LengthGroupedSampler(Sampler[int]):
@@ -130,59 +135,104 @@ def explain_storage_error(
     return error
 
 # %% ../../nbs/api/31_sft.ipynb #6523a1a7
-class AdapterTrainer(SFTTrainer):
-    "TRL's trainer with seeded length grouping, checkpoints that appear whole, and a count of real tokens"
+class LedgerTrainer(SFTTrainer):
+    "TRL's trainer with seeded length grouping, a count of real tokens, and a ledger of each step"
 
     def __init__(
         self,
         *args,
-        stage_key: str,  # key of the training stage, kept in each checkpoint
         lengths: list[int],  # tokens of each training row
-        checkpoints_kept: int,  # newest checkpoints that stay
-        best_step: Callable[[], int | None] = lambda: None,  # step of a checkpoint that stays however old it is
         **kwargs,
     ):
-        self.stage_key, self.lengths, self.checkpoints_kept, self.best_step = stage_key, lengths, checkpoints_kept, best_step
-        self.step_tokens, self.staging, self.ledger = 0, None, {}
+        self.lengths, self.step_tokens, self.ledger, self.groups, self.weights = lengths, 0, {}, None, None
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
-        return LengthGroupedSampler(self.lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed)
+        return LengthGroupedSampler(self.lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size, self.args.seed)
 
     def training_step(self, model, inputs, *args, **kwargs):
         self.step_tokens += int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def floating_point_ops(self, inputs) -> int:
+        # the Trainer's own estimate, but the weights are counted once: it names every parameter for that, at each forward pass
+        self.weights = self.weights or self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs[self.model.main_input_name].numel() * self.weights
+
     def _clip_grad_norm(self, model):
         scaler = self.accelerator.scaler
         scale = {} if scaler is None else {"loss_scale": scaler.get_scale()}
         total = super()._clip_grad_norm(model)
-        self.ledger = scale | {"grad_norms": group_norms(model, float(total), self.args.max_grad_norm)}
+        if self.groups is None:  # the first step, when all wrapping is done
+            check_spread(launched(), model)
+            self.groups = gradient_groups(model)
+        self.ledger = scale | ({} if total is None else {"grad_norms": group_norms(self.groups, float(total), self.args.max_grad_norm)})
         return total
+
+    def all_tokens(self) -> int:
+        "Real tokens of the step that just ended, in all processes"
+        own, self.step_tokens = self.step_tokens, 0
+        return own if self.args.world_size == 1 else int(self.accelerator.reduce(torch.tensor(own, device=self.args.device)))
 
     def step_ledger(self) -> dict:
         "What the monitor is told of the step that just ended, beside the Trainer's own numbers"
         return self.ledger | ({"skipped": self.accelerator.optimizer_step_was_skipped} if "loss_scale" in self.ledger else {})
 
+    def log(self, logs, *args, **kwargs) -> None:
+        # trackers that the recipe names get the ledger too; log.jsonl gets it from the monitor
+        super().log(logs | tracked_values(self.step_ledger()) if self.args.report_to and "loss" in logs else logs, *args, **kwargs)
+
+# %% ../../nbs/api/31_sft.ipynb #cadc0cb0
+class AdapterTrainer(LedgerTrainer):
+    "The same, with checkpoints that appear whole, in one process or several"
+
+    def __init__(
+        self,
+        *args,
+        stage_key: str,  # key of the training stage, kept in each checkpoint
+        checkpoints_kept: int,  # newest checkpoints that stay
+        best_step: Callable[[], int | None] = lambda: None,  # step of a checkpoint that stays however old it is
+        **kwargs,
+    ):
+        self.stage_key, self.checkpoints_kept, self.best_step, self.staging = stage_key, checkpoints_kept, best_step, None
+        super().__init__(*args, **kwargs)
+
     def _get_output_dir(self, trial) -> str:
         return str(self.staging or self.args.output_dir)
+
+    @contextmanager
+    def shared_folder(self, path: Path) -> Iterator[Path]:
+        "One temporary folder that every process fills; it becomes `path` when all of them are done"
+        if is_main():
+            with folder_atomic(path) as temporary:
+                yield agree(lambda: temporary)
+                seal_checkpoint(temporary, self.stage_key)
+        else:
+            yield agree(lambda: None)
+        wait_for_all()
 
     def _save_checkpoint(self, model, trial) -> None:
         folder, step = Path(self.args.output_dir), self.state.global_step
         check_finite(model)
         try:
-            with folder_atomic(folder / f"checkpoint-{step}") as self.staging:
+            with self.shared_folder(folder / f"checkpoint-{step}") as self.staging:
                 # Trainer's own, without the model card that TRL adds: it writes <staging>/checkpoint-N
                 Trainer._save_checkpoint(self, model, trial)
-                inner = self.staging / f"checkpoint-{step}"
-                for file in inner.iterdir():
-                    file.rename(self.staging / file.name)
-                inner.rmdir()
-                seal_checkpoint(self.staging, self.stage_key)
+                wait_for_all()
+                if is_main():
+                    inner = self.staging / f"checkpoint-{step}"
+                    for file in inner.iterdir():
+                        file.rename(self.staging / file.name)
+                    inner.rmdir()
         except Exception as error:
             raise explain_storage_error(error, folder / f"checkpoint-{step}") from error
         finally:
             self.staging = None
+        if is_main():
+            self.rotate(folder)
+
+    def rotate(self, folder: Path) -> None:
+        "Remove the oldest checkpoints, but never the best one"
         best = folder / f"checkpoint-{self.best_step()}"
         for old in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))[: -self.checkpoints_kept]:
             if old != best:
@@ -211,8 +261,8 @@ class MonitorCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.monitor.step(state.global_step, logs | {"epoch": state.epoch} | self.trainer.step_ledger(), self.trainer.step_tokens)
-            self.trainer.step_tokens = 0
+            # a resumed run keeps the rows up to its checkpoint, so only a step that is saved waits for the disk
+            self.monitor.step(state.global_step, logs | {"epoch": state.epoch} | self.trainer.step_ledger(), self.trainer.all_tokens(), durable=control.should_save)
         elif "eval_loss" in logs:
             self.monitor.evaluation(state.global_step, logs["eval_loss"])
             losses = list(self.monitor.evaluations.values())
@@ -252,24 +302,35 @@ def training_arguments(
     folder: Path,  # checkpoints/
     device: str,  # "cpu" or "cuda"
     dtype: str = "float32",  # of the activations
+    layer: str | None = None,  # class name of the model's transformer layer
 ) -> SFTConfig:
     "Translate a recipe into TRL's arguments"
     train = recipe.train
     checkpointing = device == "cuda" if train.gradient_checkpointing is None else train.gradient_checkpointing is True
-    every = train.evaluate_every or train.checkpoint_every
+    every, track = train.evaluate_every or train.checkpoint_every, recipe.track
+    trackers = [name for name in track.report_to if name != "wandb" or track.wandb_mode != "disabled"]
     return SFTConfig(
         output_dir=str(folder), num_train_epochs=train.epochs, max_steps=train.max_steps or -1,
-        per_device_train_batch_size=train.batch_size, per_device_eval_batch_size=train.batch_size, gradient_accumulation_steps=train.gradient_accumulation,
+        per_device_eval_batch_size=train.batch_size,  # several processes divide the training batch alone: a loss taken over other batches would be another number
         learning_rate=train.learning_rate, lr_scheduler_type=train.scheduler, warmup_steps=train.warmup_ratio,
         optim=train.optimizer, weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm, seed=train.seed, data_seed=train.seed,
-        max_length=None, completion_only_loss=False, packing=False, use_cpu=device == "cpu",
+        max_length=None, completion_only_loss=False, packing=False,
         fp16=dtype == "float16" and device == "cuda", bf16=dtype == "bfloat16", neftune_noise_alpha=train.neftune_noise_alpha,
         gradient_checkpointing=checkpointing, dataloader_pin_memory=device == "cuda",
-        logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, report_to="none",
+        logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True,
+        report_to=trackers or "none", run_name=track.run_name or folder.parent.name, project=track.project,
         save_strategy="steps", save_steps=train.checkpoint_every, eval_strategy="steps", eval_steps=every,
+        **{"use_cpu": device == "cpu"} | strategy_arguments(launched(), train.batch_size, train.gradient_accumulation, layer),
     )
 
 # %% ../../nbs/api/31_sft.ipynb #f24d7f6f
+def layer_class(
+    model: Any,  # a causal language model, wrapped or not
+) -> str | None:  # None where it has no list of layers
+    "Name the class of a model's transformer layers"
+    return next((type(module[0]).__name__ for name, module in model.named_modules() if name.endswith("layers") and isinstance(module, torch.nn.ModuleList)), None)
+
+# %% ../../nbs/api/31_sft.ipynb #e91e548f
 def build_trainer(
     recipe: Recipe,
     model: Any,  # a PEFT model
@@ -289,7 +350,7 @@ def build_trainer(
         return Dataset.from_dict({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]})
 
     trainer = AdapterTrainer(
-        model=model, args=training_arguments(recipe, folder, next(model.parameters()).device.type, dtype),
+        model=model, args=training_arguments(recipe, folder, next(model.parameters()).device.type, dtype, layer_class(model)),
         train_dataset=dataset(train_rows), eval_dataset=dataset(validation_rows), processing_class=tokenizer,
         stage_key=key, lengths=[len(r.input_ids) for r in train_rows], checkpoints_kept=recipe.train.checkpoints_kept,
     )
@@ -333,25 +394,55 @@ def prepare_checkpoints(
         shutil.rmtree(leftover, ignore_errors=True)
 
 # %% ../../nbs/api/31_sft.ipynb #20b19d5a
+def starting_point(
+    run_dir: Path,
+    key: str,  # key of the training stage
+    resume: bool,  # False starts over
+) -> tuple[Path | None, int, list[dict]]:  # checkpoint, its step, the log's rows up to it
+    "Find where a training begins, and clear away what came after"
+    prepare_checkpoints(run_dir / "checkpoints", resume)
+    if not resume:
+        (run_dir / "resources.jsonl").unlink(missing_ok=True)
+    checkpoint, step = find_checkpoint(run_dir / "checkpoints", key)
+    states, processes = len(list(checkpoint.glob("rng_state*"))) if checkpoint else 0, (launched().world if launched() else 1)
+    if checkpoint and states != processes:
+        print_error(f"note: {checkpoint.name} was written by {states} process{'es' if states != 1 else ''}, this training has {processes}: it goes on with the same weights, optimizer and rows, but dropout will be drawn otherwise.")
+    return checkpoint, step, rewind_log(run_dir / "log.jsonl", step)
+
+# %% ../../nbs/api/31_sft.ipynb #d651de2a
+def save_result(
+    trainer: AdapterTrainer,
+    model: Any,  # the trained model
+    tokenizer: Any,
+    path: Path,  # adapter/
+) -> None:
+    "Save the adapter once, also where several processes hold a part of it"
+    divided = launched() and launched().kind not in ("ddp", "zero2", "zero2-offload")
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if divided else None  # all processes give their part
+    if is_main():
+        with folder_atomic(path) as folder:
+            save_adapter(model, tokenizer, folder, weights)
+    wait_for_all()
+
+# %% ../../nbs/api/31_sft.ipynb #051e77ef
 def train_adapter(
     recipe: Recipe,
     model: Any,  # a PEFT model with a fresh adapter, or a whole model whose weights train
     tokenizer: Any,
     train_rows: list[EncodedChat],
     validation_rows: list[EncodedChat],
-    run_dir: Path,  # where checkpoints/, adapter/ and log.jsonl go
+    run_dir: Path,  # where checkpoints/, adapter/, log.jsonl and resources.jsonl go
     key: str,  # key of the training stage
     resume: bool = True,  # continue from a checkpoint where there is one; False starts over
     dtype: str | None = None,  # of the activations; None takes that of the frozen weights
-) -> dict:  # facts for the manifest: steps, tokens, tokens_per_second, losses, parameter counts, resumed_at_step, dtypes, health
+) -> dict:  # facts for the manifest: steps, tokens, tokens_per_second, losses, parameter counts, resumed_at_step, dtypes, health, resources
     "Train an adapter and save it; raises `RunError` when the numbers are worthless, a library changed them, or the disk is full"
     folder, train = run_dir / "checkpoints", recipe.train
     dtype = dtype or str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
-    prepare_checkpoints(folder, resume)
-    checkpoint, step = find_checkpoint(folder, key)
+    checkpoint, step, kept = agree(lambda: starting_point(run_dir, key, resume))
     trainer = build_trainer(recipe, model, tokenizer, train_rows, validation_rows, folder, key, dtype)
     steps = planned_steps(recipe, len(train_rows))
-    monitor = Monitor(run_dir / "log.jsonl", steps, rewind_log(run_dir / "log.jsonl", step), max_skipped_steps=train.max_skipped_steps)
+    monitor = Monitor(run_dir / "log.jsonl" if is_main() else None, steps, kept, max_skipped_steps=train.max_skipped_steps)
     callback, precision = MonitorCallback(monitor, train.early_stopping), PrecisionCallback(expected_dtypes(recipe, dtype))
     callback.trainer = trainer
     keep_best = train.keep_best or train.early_stopping is not None
@@ -359,14 +450,15 @@ def train_adapter(
         trainer.best_step = lambda: best_evaluation(monitor.evaluations, train.checkpoint_every, steps)
     trainer.add_callback(callback)
     trainer.add_callback(precision)
-    with monitor.bar:  # closed on an error too, or the bar would be drawn over its message
+    # closed on an error too: the bar would be drawn over its message, a tracker would take the training for a running one
+    with monitor.bar, Meter(run_dir / "resources.jsonl") if is_main() else nullcontext(), tracking(recipe, run_dir, key[:16]) if is_main() else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if recipe.model.backend == "medibuddy":
         unfuse_lora(model)
     best = load_best(trainer, folder, key) if keep_best else None
-    with folder_atomic(run_dir / "adapter") as adapter:
-        save_adapter(model, tokenizer, adapter)
-    return training_facts(run_dir, model, step) | ({"dtypes": precision.found} if precision.found else {}) | ({"best_step": best} if keep_best else {})
+    save_result(trainer, model, tokenizer, run_dir / "adapter")
+    used = resource_facts(read_jsonl(run_dir / "resources.jsonl"), recipe.track.kwh_price, recipe.track.hour_price)
+    return training_facts(run_dir, model, step) | {"resources": used} | ({"dtypes": precision.found} if precision.found else {}) | ({"best_step": best} if keep_best else {})
 
 # %% ../../nbs/api/31_sft.ipynb #c5a8f272
 def load_best(
@@ -395,7 +487,7 @@ def evaluate_loss(
 ) -> float:  # mean loss a label token
     "Take the loss on rows as it is taken during training"
     with tempfile.TemporaryDirectory() as folder:
-        plain = replace(recipe, model=replace(recipe.model, backend="peft"))  # kernels speed up training alone
+        plain = replace(recipe, model=replace(recipe.model, backend="peft"), track=TrackConfig())  # kernels speed up training alone
         trainer = build_trainer(plain, model, tokenizer, rows, rows, Path(folder), "", dtype)
         return float(trainer.evaluate()["eval_loss"])
 
@@ -418,8 +510,6 @@ def training_facts(
     resumed_at_step: int,  # 0 for a run in one go
 ) -> dict:
     "Sum up a training from its log"
-    from medibuddy.run import read_jsonl
-
     rows = read_jsonl(run_dir / "log.jsonl")
     steps = [row for row in rows if "loss" in row]
     seconds = sum(row["seconds"] for row in steps)
