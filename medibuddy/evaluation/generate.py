@@ -141,10 +141,12 @@ def generate_answers(
     description: str = "answers",  # for the progress bar
 ) -> list[dict]:  # rows of generations/*.jsonl, in the order of `examples`
     "Answer every question, continuing an interrupted run"
+    from medibuddy.kernels.decode import grouped_decoding
+
     batches = plan_batches([len(p.input_ids) for p in prompts], config.eval_batch_size)
     rows = finished_batches(partial, [[examples[i].id for i in batch] for batch in batches])
     ends, answered = end_tokens(model, tokenizer), {row["id"] for row in rows}
-    with progress(len(examples), description, "answer", done=len(rows)) as bar:
+    with grouped_decoding(model), progress(len(examples), description, "answer", done=len(rows)) as bar:
         for number, batch in enumerate(batches):
             if examples[batch[0]].id in answered:
                 continue

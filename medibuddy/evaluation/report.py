@@ -10,6 +10,7 @@ __all__ = ['MISSING_AFTER', 'SHOWN', 'MOST_LISTED', 'NOTICE', 'FIGURES', 'TEMPLA
 
 # %% ../../nbs/api/45_report.ipynb #d6377d3a
 from base64 import b64encode
+from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -240,10 +241,10 @@ def leak_line(
 # %% ../../nbs/api/45_report.ipynb #566dc4d3
 def view(
     facts: dict,  # as `collect` gives them
+    drawn: Iterable[str],  # names of the figures there are
 ) -> dict:  # what the templates print
     "Choose and format what a report says"
     comparison, recipe = facts["comparison"], facts["recipe"]
-    drawn = draw_figures(facts["metrics"], comparison, facts["log"]) | draw_training(facts["log"], facts["resources"])
     return {
         "title": f"Before and after tuning: {recipe.get('name', 'a run')}",
         "about": f"Base model: {model_name(facts)}. Rows: {recipe.get('data', {}).get('source', 'not recorded')}",
@@ -315,9 +316,10 @@ def environment(
 
 def render_markdown(
     facts: dict,  # as `collect` gives them
+    figures: dict[str, bytes],  # PNG by name
 ) -> str:  # report.md
     "Print the report as Markdown"
-    return environment(html=False).get_template("report.md.jinja").render(view(facts))
+    return environment(html=False).get_template("report.md.jinja").render(view(facts, figures))
 
 
 def render_html(
@@ -326,7 +328,7 @@ def render_html(
 ) -> str:  # report.html
     "Print the report as one self-contained HTML file"
     embedded = {name: b64encode(png).decode("ascii") for name, png in figures.items()}
-    return environment(html=True).get_template("report.html.jinja").render(view(facts) | {"images": embedded})
+    return environment(html=True).get_template("report.html.jinja").render(view(facts, figures) | {"images": embedded})
 
 # %% ../../nbs/api/45_report.ipynb #1b276788
 def render_run(
@@ -335,7 +337,7 @@ def render_run(
     "Render a run's report again from its files; figures are taken as they are on the disk"
     facts = collect(run_dir)
     figures = {path.stem: path.read_bytes() for path in sorted((Path(run_dir) / "figures").glob("*.png"))}
-    return {"report.md": render_markdown(facts), "report.html": render_html(facts, figures)}
+    return {"report.md": render_markdown(facts, figures), "report.html": render_html(facts, figures)}
 
 
 def write_report(
@@ -349,5 +351,5 @@ def write_report(
             stale.unlink()
     for name, png in drawn.items():
         write_atomic(folder / "figures" / f"{name}.png", png)
-    write_atomic(folder / "report.md", render_markdown(facts))
+    write_atomic(folder / "report.md", render_markdown(facts, drawn))
     return write_atomic(folder / "report.html", render_html(facts, drawn))
