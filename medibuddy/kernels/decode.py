@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
+from .allocator import keep_freed_memory
+
 # %% ../../nbs/api/29a_decode.ipynb #ed36f0aa
 GROUPED = "medibuddy_grouped"  # under which Transformers finds it
 
@@ -49,15 +51,20 @@ AttentionMaskInterface.register(GROUPED, eager_mask)
 def grouped_decoding(
     model: Any,  # a Transformers model, or one with a PEFT adapter
 ) -> Iterator[bool]:  # whether the attention was exchanged
-    "Answer with `grouped_attention` where it serves, and put the model's own attention back"
+    "Answer with `grouped_attention` where it serves and with freed memory kept, and put the model's own attention back"
     config = model.config.get_text_config()
     before = config._attn_implementation
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # absent or None: every head has its own
-    serves = model.device.type == "cpu" and before == "sdpa" and key_heads < config.num_attention_heads
+    on_cpu = model.device.type == "cpu"
+    serves = on_cpu and before == "sdpa" and key_heads < config.num_attention_heads
     if serves:
         model.set_attn_implementation(GROUPED)
+    if on_cpu:
+        keep_freed_memory()
     try:
         yield serves
     finally:
         if serves:
             model.set_attn_implementation(before)
+        if on_cpu:
+            keep_freed_memory(False)
