@@ -283,9 +283,15 @@ def ask(rng, entity, slot, value, wording="train"):
     return fill(frame, n=name_slot(rng, entity, slot, wording), v=value)
 
 
-def compare(rng, entity, slot, decision, value, passage="passage", claim="question"):
-    """The reading step: what the passage says on the slot, what the question says, and how the two stand."""
-    name = WORDING[slot]["np"][0].format(e=entity.name)
+SHORT_NAMES = {
+    "investigation": "the first test", "treatment": "the first treatment", "red_flag": "the red flag", "specialty": "the specialty", "drug_class": "the class",
+    "use": "the main use", "side_effect": "the side effect", "caution": "the main caution", "monitoring": "the check",
+}
+
+
+def compare(rng, entity, slot, decision, value, passage="passage", claim="question", named=True):
+    """The reading step: what the passage says on the slot (of the entity, when `named`), what the question says, and how the two stand."""
+    name = WORDING[slot]["np"][0].format(e=entity.name) if named else SHORT_NAMES[slot]
     return fill(rng.choice(COMPARE[decision]), n=name, v=entity.slots[slot], w=value, p=passage, q=claim)
 
 
