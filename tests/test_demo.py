@@ -23,11 +23,9 @@ def test_tuned_beats_base_by_thirty_points_and_not_by_chance(demo):
 
 
 def test_every_class_is_predicted_and_answers_end(demo):
-    run, _, metrics = demo
+    _, _, metrics = demo
     tuned = metrics["tuned"]
-    graded = [row for row in map(json.loads, (run / "generations" / "tuned.jsonl").read_text().splitlines()) if row["gold"]]
-    assert tuned["macro_f1"] >= 0.60 and tuned["stop_rate"] >= 0.95
-    assert sum(row["stop_reason"] == "stop" for row in graded) / len(graded) >= 0.98
+    assert tuned["rows"] == 384 and tuned["macro_f1"] >= 0.60 and tuned["stop_rate"] >= 0.98
     assert all(scores["predicted"] > 0 for scores in tuned["per_class"].values())
 
 
@@ -58,5 +56,5 @@ def test_the_run_verifies_and_the_adapter_loads_with_plain_peft(demo):
     tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32), run / "adapter").eval()
     ids = tokenizer(row["prompt"], return_tensors="pt", add_special_tokens=False)
-    output = model.generate(**ids, max_new_tokens=144, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    output = model.generate(**ids, max_new_tokens=128, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert tokenizer.decode(output).removesuffix(tokenizer.eos_token) == row["text"]
