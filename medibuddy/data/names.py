@@ -13,7 +13,7 @@ from pathlib import Path
 import medibuddy
 
 # %% auto #0
-__all__ = ['NOT_NAMES', 'DESCRIBES', 'EPONYMS', 'EPONYM', 'name_lists', 'names']
+__all__ = ['NOT_NAMES', 'THINGS', 'DESCRIBES', 'EPONYMS', 'EPONYM', 'name_lists', 'names']
 
 # %% ../../nbs/api/12c_names.ipynb #295a11d3
 @lru_cache(1)
@@ -41,8 +41,11 @@ Looking Having Feeling Getting Going Taking Suffering Waiting Given Seen Tell Kn
 Diabetic Hypertensive Pregnant Single Married Unmarried Divorced Worried Scared Indian Allergic Overweight Obese Student Housewife Myself Himself Herself Sex Name Problem Complaint Query Question Answer Subject Disease Surgery Doppler Xray Pills Medicine Medicines Drug Drugs Dose Diet Skin Hair Eye Eyes Face Body
 Best Warm Kind Love Yours Truly Faithfully Respected Reply Wishing Wishes God Bless Soon Further Take Hoping Healthy Orthopaedics Orthopedics Cardiology Neurology Surgery Medicine Gynaecology Gynecology Pediatrics Paediatrics Dermatology Psychiatry Oncology Urology Cardiologist Neurologist Dermatologist Gynecologist Gynaecologist
 Pediatrician Paediatrician Psychiatrist Psychologist Dentist Orthopedic Orthopaedic Consultant General Family Internal Infectious Expert Urgent Urgently Great Long Plenty Plz Pls Madame None Nil Unknown Anonymous Nothing Something Nobody Anyone Someone Everything Such Several Few Mean Median Average Adults Adult Study Persons People Women Men Subjects Children Participants Athlete Bachelor Virgin Vegetarian Smoker Punjabi Bengali Tamil Telugu Engineer Topical Oral Plus Forte
-Weak Tired Sick Ill Afraid Unable Able Fine Fat Thin Vegan Nervous Concerned Desperate Confused Curious Lost New Back Hopeful Grateful Sorry Alone Free Busy Ready Stuck Alive Aware Unaware Off Out Up Over Under Due Late Around Almost Nearly Currently Presently Basically Actually Seriously
+Weak Tired Sick Ill Afraid Unable Able Fine Fat Thin Vegan Nervous Concerned Desperate Confused Curious Lost New Back Hopeful Grateful Sorry Shri Smt Syndrome Disorder Infection Cancer Tumor Tumour Cyst Failure Fracture Stone Stones Kidney Liver Lung Lungs Brain Bone Breast Uterus Ovary Thyroid Stroke Attack Asthma Allergy Migraine Depression Anxiety Diabetes Cholesterol Protein Water Food Exercise Rest Bed Luck Lotion Cream Gel Ointment Drops Spray Powder Juice Milk
+French Greek Thai Swiss Dutch Black White
+Alone Free Busy Ready Stuck Alive Aware Unaware Off Out Up Over Under Due Late Around Almost Nearly Currently Presently Basically Actually Seriously
 """.split())
+THINGS = frozenset("Syndrome Disorder Disease Infection Cancer Tumor Tumour Cyst Failure Fracture Test Scan Surgery Cream Gel Ointment Lotion Drops Spray Powder Syrup Tablet Tablets Injection Foundation University Institute Clinic Hospital Medical Manoeuvre Maneuver".split())
 # how adjectives, nationalities and trades end: "I am Diabetic, 45"
 DESCRIBES = re.compile(r"(?:ed|ing|ic|ive|ful|less|ous|able|ible|ese|ish|ian|al|ly|ist|er|or|ent|ant|ary|man|wife|mate|free|ine|ile|ate|ure)$")
 # whose disease, sign or cyst it is
@@ -56,7 +59,7 @@ LATIN = [chr(code) for code in (*range(0x41, 0x250), *range(0x1E00, 0x1F00))]  #
 UPPER, LOWER = ("".join(letter for letter in LATIN if test(letter)) for test in (str.isupper, str.islower))
 WORD = rf"(?:[OD]['’])?[{UPPER}][{LOWER}]+(?:['’-](?!s\b)[{UPPER}]?[{LOWER}]+|[{UPPER}][{LOWER}]+)*"
 SHORT = r"(?:(?:M[dh]|Mohd|Muhd|Kr|Sk|Jr|Sr|St)\.)"
-RUN = rf"(?:{SHORT}\s*)?{WORD}(?:\s+(?:[A-Z]\.?\s+)?(?:(?:de|da|dos|del|van|von|der|den|bin|binti|al|el|la|le|du|ap|ab|ben|ibn|te|ter|ten|af|y)\s+)*(?:{SHORT}|{WORD}))*"
+RUN = rf"(?:{SHORT}\s*)?{WORD}(?:[ \t]+(?:[A-Z]\.?[ \t]+)?(?:(?:de|da|dos|del|van|von|der|den|bin|binti|al|el|la|le|du|ap|ab|ben|ibn|te|ter|ten|af|y)\s+)*(?:{SHORT}|{WORD}))*"
 INITIALS = r"(?:[A-Z]\.\s?){1,3}"
 NAME = rf"(?:{INITIALS}|[A-Z]\s)?{RUN}(?:\s+[A-Z](?:\.[A-Z])?\b(?!['’.\w-])(?!\s+(?:am|was|have|had|can|do)))?"  # "K. V. Ramana", "Hemalatha R"
 SHOUT = rf"[{UPPER}]{{3,}}(?:[\s-]+(?:[A-Z]\.\s*)?[{UPPER}]{{3,}}){{0,3}}"
@@ -67,7 +70,7 @@ KIN = rf"(?:son|daughter|wife|husband|mother|father|mom|mum|dad|brother|sister|s
 
 # %% ../../nbs/api/12c_names.ipynb #03d45dbc
 def _rule(
-    level: str,  # "sure", "likely", "listed" or "lower"
+    level: str,  # "sure", "likely", "listed", "lower", ... as in `_trim`; "kin", "treats" and "self" depend on what follows
     triggers: str,  # lower-case words, one of which must be in the text; empty: always tried
     pattern: str,  # with a group `value`
 ) -> tuple[str, frozenset[str], re.Pattern]:
@@ -93,11 +96,16 @@ RULES = [
     _rule("kin", RELATIONS, rf"\b(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur|[Tt]heir|[Yy]our|[Aa]n?|[Tt]he|[Oo]ne|[Tt]wo|[Tt]hree)\s+(?:[\w'’-]+\s+|\w+-){{0,3}}?{KIN}(?P<gap>[,:]?\s+)(?P<value>{NAME})"),
     _rule("treats", "", rf"\b(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur|[Tt]heir|[Yy]our|[Aa]|[Tt]he)\s+(?:[\w'’-]+\s+){{0,2}}?{TREATS}(?P<gap>[,:]?\s+)(?P<value>{NAME})"),
     _rule("lower", RELATIONS, rf"\b(?i:my|his|her|our)\s+(?:[\w-]+\s+){{0,2}}?{KIN},?\s+(?P<value>{QUIET})"),
-    _rule("lower", "i im iam m myself this its it hi hii hello hey dr doctor sir dear old", rf"\b(?i:i am|i['’ ]?m|iam|m|myself|this is|it['’]?s|h(?:i+|ello|ey)|doc(?:tor)?|dr|sir|dear|year old|yr old)\s*,?\s+(?P<value>{QUIET})"),
-    _rule("lower", "for if told ask tell with and can could should does is call from by sir madam mam", rf"\b(?:for|if|told|ask|tell|with|and|can|could|should|does|is|call|from|by|sir|madam|mam)\s+(?P<value>[{LOWER}]{{4,}})(?=\s+(?:to|is|has|can|and|here|take|have|was|should|who|this|sir|mam|madam)\b|[,.?!]|\Z)"),
+    _rule("self", RELATIONS, rf"\b(?i:my|his|her|our)\s+(?:[\w-]+\s+){{0,2}}?{KIN},?\s+(?P<value>[{LOWER}]{{4,}})(?=,?\s+(?:is|was|age|aged|of)?\s*\d)"),
+    _rule("self", RELATIONS, rf"\b(?i:my|his|her|our)\s+(?:[\w-]+\s+){{0,2}}?{KIN} is\s+(?P<value>{WORD})(?=[.,;]|\s+and\b)"),
+    _rule("named", "side", rf"\b(?P<value>{WORD}|[{LOWER}]{{3,}})(?=\s+this side\b)"),
+    _rule("likely", "took brought carried drove", rf"\b(?:took|brought|carried|drove|rushed)\s+(?P<value>{NAME})(?=\s+to\s+(?:the|a|an|see|hospital|clinic|our|my|[Dd]r|ER|A&E)\b)"),
+    _rule("likely", "report reports message question concern worry query sorry yes no sure welcome", rf"\b(?:reports?|message|question|concern|worry|query|sorry|[Yy]es|[Nn]o|[Ss]ure|[Ww]elcome),\s+(?P<value>{WORD})(?=[.!])"),
+    _rule("lower", "i im iam m myself this its it hi hii hello hey dr doctor sir dear old", rf"\b(?i:i am|i['’ ]?m|iam|m|myself|this is|it['’]?s|h(?:i+|ello|ey)|doc(?:tor)?|dr|sir|dear|year old|yr old)\s*,?\s+(?!(?:i|im|am|my|this|it|its|myself|sir|doc|doctor)\b)(?P<value>{QUIET})"),
+    _rule("plain", "for if told ask tell with and can could should does is call from by sir madam mam", rf"\b(?:for|if|told|ask|tell|with|and|can|could|should|does|is|call|from|by|sir|madam|mam)\s+(?P<value>[{LOWER}]{{4,}})(?=\s+(?:to|is|has|can|and|here|take|have|was|should|who|this|sir|mam|madam)\b|[,.?!]|\Z)"),
     _rule("listed", "am m im hi hello hey thanks thank sir under welcome", rf"\b(?:I am|I['’]?m|[Ii]m|[Hh]i+|[Hh]ello|[Hh]ey|[Tt]hanks|[Tt]hank you|[Ww]elcome|[Uu]nder)[,:!]?\s+{TITLE}?(?P<value>{NAME})"),
     _rule("likely", "am m im", rf"\b(?:I am|I['’]?m|[Ii]m)\s+(?P<value>{NAME})(?=,?\s+(?:from\b|aged?\b|\d{{1,2}}\b(?!\s*(?:weeks?|months?|days?|wks)))|,\s+(?:an?|my|the)\s)"),
-    _rule("self", "am m im iam", rf"\b(?i:i am|i['’ ]?m|iam)\s+(?P<value>{WORD}|[{LOWER}]{{4,}})(?=\s*[,.]?\s+(?:from|frm|aged?|here|(?i:i)\s?(?:am|m)|(?i:this) side)\b|,?\s+\d{{1,2}}\s?(?:y|m|f|M|F)|,\s*\d{{1,2}}\b|,\s+(?:and|my|a|an|the|I|i)\b)"),
+    _rule("self", "am m im iam", rf"\b(?i:i am|i['’ ]?m|iam)\s+(?P<value>{WORD}|[{LOWER}]{{4,}})(?=\s*[,.]?\s+(?:from|frm|aged?|here|(?i:i)\s?(?:am|m)|(?i:this) side)\b|,?\s+\d{{1,2}}\s?(?:y|m|f|M|F)|,\s*\d{{1,2}}\b|,\s+(?:and|my|a|an|the|I|i)\b|\s+and my\b)"),
     _rule("likely", "i", rf"\bI,?\s+(?P<value>{NAME})(?=,)"),
     _rule("likely", "this its it myself by to with dear", rf"\b(?:[Tt]his is|[Mm]yself|[Ss]een by|[Rr]eferred by|[Ss]poke (?:to|with)|[Ii]t['’]?s(?=\s+\S+\s+(?:again|here|with|from)\b)|[Dd]ear)\s+(?P<value>{NAME})"),
     _rule("likely", "hi hii hello hey dear thanks welcome", rf"\b(?:[Hh]i+|[Hh]ello|[Hh]ey|[Dd]ear|[Ww]elcome)(?:,(?=\s*{WORD}!))?\s+(?P<value>{NAME})(?=[,.!\n]|\s+(?:thanks|welcome|I|[Yy]our?|it)\b)"),
@@ -118,7 +126,7 @@ RULES = [
 # %% ../../nbs/api/12c_names.ipynb #3b4a476a
 AGE = r",?\s+aged?\s*:?\s*\d{1,3}\b|,\s*\d{1,2},?\s+(?:years?|yrs?|male|female|man|woman|boy|girl|diabetic|smoker|needs?|asks?|wants|who|has|had|and (?:I|my))\b|,?\s+\d{1,2}\s?(?:/\s?[MmFf]|y/?o|yrs?|[MF])\b|\s+\(\d{1,3}\s*(?:weeks|years|months|yrs|mths|[MFmf]|y/?o)\b"
 PEOPLE_HAVE = r"(?:fever|temperature|blood (?:pressure|tests?|sugar)|BP|sugar|weight|height|pulse|iron|PSA|ha?emoglobin|appetite|school|legs?|arms?|eyes?|ears?|face|head|skin|tummy|belly|stomach|teeth|tooth|mouth|nose|throat|neck|back|chest|hands?|foot|feet|fingers?|toes?|knees?|hair|pain|cough|rash|asthma|diabetes|reports?|results?|medicines?|medications?|birthday|speech|sleep|diet|periods?|pregnancy|opinion|advice)"
-FOLLOWED = re.compile(rf"\s+\((?:my|our|his|her)\s+(?:\w+\s)?{KIN}\b|,\s+(?:my|our)\s+(?:\w+\s){{0,2}}{KIN}\b|(?:{AGE})|\s+(?:here|this side)\b(?=[,.!]|\s+(?:again|with|and))|\s+aunt(?:y|ie)?\b|\s+and (?:I|me|s?he)\b|\s+again about\b|\s+is (?:my|our)\s+(?:[\w-]+\s+){{0,4}}{KIN}\b|\s+is \d+ (?:and (?:has|is|was|had|takes|weighs|wets|lives)|(?:years?|yrs|months|mths)\s+old)\b")
+FOLLOWED = re.compile(rf"\s+\((?:my|our|his|her)\s+(?:\w+\s)?{KIN}\b|,\s+(?:my|our)\s+(?:\w+\s){{0,2}}{KIN}\b|(?:{AGE})|\s+(?:here|this side)\b(?=[,.!]|\s+(?:again|with|and))|\s+aunt(?:y|ie)?\b|\s+and (?:me|s?he)\b|\s+and I (?:are|were|both|have|had been|tested|tried|want|plan|share|live)\b|\s+again about\b|\s+is (?:my|our)\s+(?:[\w-]+\s+){{0,4}}{KIN}\b|\s+is \d+ (?:and (?:has|is|was|had|takes|weighs|wets|lives)|(?:years?|yrs|months|mths)\s+old)\b")
 OWNS = re.compile(rf"['’]s\s+(?:{PEOPLE_HAVE}|{KIN}|parents|family)\b")
 SAID = re.compile(r"\s+(?:says|said|thinks|told (?:me|us|him|her)|asked (?:me|us|for|if|whether)|wants|drinks|eats|sleeps|weighs|weighed|sits|walks|talks|feels|woke|wakes|phoned|rang|cries|refuses|snores|complains|lent|coughs|vomits|vomited|fell|fainted|swallowed|gave me|needs (?:counsel|to see)|is (?:able to|allowed|scared|depressed|crying|allergic|conscious|unconscious|breathing|refusing|on the)|was (?:born|bitten|diagnosed|admitted)|has (?:been (?:diagnosed|vomiting|crying|coughing)|never|always)|had (?:RSV|measles|mumps|chicken|a stroke|a heart|an operation|surgery))\b")
 SURELY_SAID = re.compile(r"\s+(?:weighs|weighed|snores|cries|vomits|fainted|rang|phoned|swallowed|refuses)\b")
@@ -126,16 +134,20 @@ ASKED = re.compile(r"\s+(?:fast|eat|go|sleep|travel|fly|drink|exercise|still|saf
 MODALS = ("Should", "Can", "Could", "May", "Will", "Does", "Is")
 SIGNATURE = re.compile(rf"(?:[.!?]\s+|\n\s*|\s[-–]\s*)(?:From\s+)?(?P<value>(?:{INITIALS})?{WORD}\s+{NAME}|{INITIALS}{NAME})(?:,\s*{WORD})?\s*\.?\s*\Z")
 SIGNED = re.compile(rf"(?:\b(?:[Tt]hanks?(?: you)?(?: in advance)?|[Rr]egards|[Ss]incerely|[Yy]ours|[Cc]heers|[Ll]ove|wishes|(?:reply|response|answer|soon|help|advice|advance|earliest|you))[,.!]*\s*(?:[-–]\s*)?|\n\s*[-–~]?\s*|\A\s*[-–]\s*|[.!?]\s+[-–]\s*){TITLE}?(?P<value>{NAME})(?:,\s*[^.\n]{{2,30}})?\s*[.!]?\s*\Z")
+ENDS = re.compile(r"\s*(?:,|\.|\Z)|\s+(?:from|frm|here|aged?|i am|i'm|im|\d{1,2})\b")
 QUIET_SIGNED = re.compile(rf"\b(?:[Tt]hanks?(?: you)?|[Rr]egards|[Ss]incerely|[Yy]ours|[Cc]heers|[Ll]ove)[,.!]*\s+(?:and regards\s+)?(?:[-–]\s*)?(?P<value>{QUIET})\s*[.!]?\s*\Z")
 SPOKEN_TO = re.compile(rf"(?:\A|(?<=\n))\s*(?P<value>{NAME})(?=,\s+(?:you|your|do|don['’]t|please|it|there)\b)")
 SHOUTED = re.compile(rf"(?:\A|(?<=[.!?:\n]))\s*(?P<value>[{UPPER}]{{2,}}(?:[\s-](?:[A-Z]\.\s*)?[{UPPER}]{{2,}}){{1,3}})(?={AGE}|\s+AGE\b)")
 WHISPERED = re.compile(r"\A\s*(?:hi+|hello|hey)\b[ \w]{0,8},?\s+(?:(?P<value>[a-z]{3,12})(?=\s+here\b)|(?:it['’]?s|this is)\s+(?P<other>(?!urgent|important|about|regarding|been|very|really|just|for|the|not)[a-z]{3,12})(?=,))", re.IGNORECASE)
 BARE = re.compile(rf"(?<![\w-])(?:{INITIALS}{WORD}|{NAME})")
 AND_MORE = re.compile(rf",?\s+(?:and|&)\s+(?:little\s+)?(?P<value>{NAME})")
-PLACED = re.compile(r"\b(?:in|at|near)\s+\Z")
+PLACED = re.compile(r"\b(?:in|at|near|from)\s+\Z")
 
 # %% ../../nbs/api/12c_names.ipynb #e888af0c
 def _lower_or_shouted(
+    text: str,  # the text
+    start: int,  # where the run begins
+    end: int,  # where it ends
     words: list[re.Match],  # of a run that begins in lower case or all in capitals
     level: str,  # how sure the words before it make us
 ) -> list[re.Match]:  # those that are names; empty: none
@@ -149,14 +161,17 @@ def _lower_or_shouted(
     first = words[0].group()
     if level == "named" and first.capitalize() not in NOT_NAMES and len(first) > 2:
         kept = words[:1]
-    elif known(words[0], ("lower",) if level == "lower" else ("any",)):
+    elif known(words[0], {"lower": ("given",), "plain": ("lower",)}.get(level, ("any",))):
         kept = words[:1]
     elif first.lower() in ("md", "mohd", "sk") and len(words) > 1:
         kept = words[:1]
     else:
         return []
     for word in words[1:]:
-        if not (word.group().isupper() and first.isupper() and len(word.group()) <= 2) and not known(word, ("lower", "family")):
+        initial = word.group().isupper() and first.isupper() and len(word.group()) <= 2
+        # "sneha rao": the last of two words before "from", an age or the end need not be listed
+        last = word is words[-1] and word.end() == end - start and ENDS.match(text, end) and not DESCRIBES.search(word.group()) and word.group().capitalize() not in NOT_NAMES
+        if not (initial or last or known(word, ("lower", "family"))):
             break
         kept.append(word)
     return kept
@@ -166,7 +181,7 @@ def _trim(
     text: str,  # the text
     start: int,  # where a run of words begins
     end: int,  # where it ends
-    level: str,  # "named" or "sure" (any word), "likely" (any capitalised word), "listed" or "lower" (a word of the lists) or "bare" (a given name)
+    level: str,  # "named" or "sure" (any word), "likely" (any capitalised word), "listed", "lower" or "plain" (a word of the lists) or "bare" (a given name)
 ) -> tuple[int, int] | None:  # offsets
     "The part of a run that is a name"
     words = list(re.finditer(r"[^\s.]+\.?", text[start:end]))
@@ -176,7 +191,8 @@ def _trim(
         words.pop(0)
     stop = next((number for number, word in enumerate(words) if word.group() in NOT_NAMES and not (whole and number == 0)), len(words))
     words = words[:stop]
-    if not words:
+    after = re.match(r"\s+(\S+?)\b", text[start + words[-1].end():]) if words else None
+    if not words or not sure and after and after[1] in THINGS:  # "Dumping Syndrome"
         return None
     first = words[0].group()
     if level == "bare" and first not in lists["given"]:
@@ -184,10 +200,10 @@ def _trim(
             return None
     if level == "listed" and not any(word.group().strip(",").capitalize() in lists["any"] for word in words if word.group() not in lists["ambiguous"] or len(words) > 1):
         return None
-    if level == "lower" and not first.islower():
+    if level in ("lower", "plain") and not first.islower():
         return None
     if first.islower() or len(first) > 2 and first.strip(",").isupper() and "," not in first:
-        words = _lower_or_shouted(words, level)
+        words = _lower_or_shouted(text, start, end, words, level)
         if not words:
             return None
     first, last = words[0], words[-1].group()
@@ -228,8 +244,8 @@ def _level(
         apposed = text[match.end():match.end() + 1] in tuple(",.;)")
         level = "likely" if match["gap"].isspace() or apposed else "listed"
     if level == "self":  # "I am Uzoma, 27" but not "I am diabetic, 27"
-        plain = match["value"].capitalize() in name_lists()["any"]
-        level = "listed" if plain or DESCRIBES.search(match["value"]) else "named"
+        given = match["value"].capitalize() in name_lists()["given"]
+        level = "named" if given or not DESCRIBES.search(match["value"]) else "listed"
     return "listed" if level == "likely" and not capitals_tell else level
 
 
@@ -242,7 +258,8 @@ def _by_place(
         for match in pattern.finditer(text):
             yield from filter(None, [_trim(text, match.start("value"), match.end("value"), level)])
     if not words.isdisjoint(("thanks", "thank", "regards", "sincerely", "yours", "cheers", "love")) and (match := QUIET_SIGNED.search(text)):
-        yield from filter(None, [_trim(text, match.start("value"), match.end("value"), "lower")])
+        level = "named" if text[match.start():match.start("value")].rstrip().endswith("regards") else "lower"
+        yield from filter(None, [_trim(text, match.start("value"), match.end("value"), level)])
     for match in SHOUTED.finditer(text):
         if match["value"].split()[0].capitalize() not in NOT_NAMES:
             yield match.span("value")
