@@ -42,6 +42,7 @@ Diabetic Hypertensive Pregnant Single Married Unmarried Divorced Worried Scared 
 Best Warm Kind Love Yours Truly Faithfully Respected Reply Wishing Wishes God Bless Soon Further Take Hoping Healthy Orthopaedics Orthopedics Cardiology Neurology Surgery Medicine Gynaecology Gynecology Pediatrics Paediatrics Dermatology Psychiatry Oncology Urology Cardiologist Neurologist Dermatologist Gynecologist Gynaecologist
 Pediatrician Paediatrician Psychiatrist Psychologist Dentist Orthopedic Orthopaedic Consultant General Family Internal Infectious Expert Urgent Urgently Great Long Plenty Plz Pls Madame None Nil Unknown Anonymous Nothing Something Nobody Anyone Someone Everything Such Several Few Mean Median Average Adults Adult Study Persons People Women Men Subjects Children Participants Athlete Bachelor Virgin Vegetarian Smoker Punjabi Bengali Tamil Telugu Engineer Topical Oral Plus Forte
 Weak Tired Sick Ill Afraid Unable Able Fine Fat Thin Vegan Nervous Concerned Desperate Confused Curious Lost New Back Hopeful Grateful Sorry Shri Smt Syndrome Disorder Infection Cancer Tumor Tumour Cyst Failure Fracture Stone Stones Kidney Liver Lung Lungs Brain Bone Breast Uterus Ovary Thyroid Stroke Attack Asthma Allergy Migraine Depression Anxiety Diabetes Cholesterol Protein Water Food Exercise Rest Bed Luck Lotion Cream Gel Ointment Drops Spray Powder Juice Milk
+Hb Hgb Wbc Rbc Tlc Dlc Esr Advise Suggest Recommend Prescribe Guide
 French Greek Thai Swiss Dutch Black White
 Alone Free Busy Ready Stuck Alive Aware Unaware Off Out Up Over Under Due Late Around Almost Nearly Currently Presently Basically Actually Seriously
 """.split())
@@ -66,7 +67,7 @@ SHOUT = rf"[{UPPER}]{{3,}}(?:[\s-]+(?:[A-Z]\.\s*)?[{UPPER}]{{3,}}){{0,3}}"
 QUIET = rf"[{LOWER}]{{2,}}(?:\s+[{LOWER}]{{3,}}){{0,2}}"
 TITLE = r"(?:(?:[Dd]r|DR|[Mm]rs?|MRS?|[Mm]s|MS|[Pp]rof|[Pp]rofessor|Shri|Sri|Smt|Miss|Master|Rev|Fr)\b\.?\s*)"
 TREATS = r"(?:\w+ologist|\w+iatrist|\w+(?:r|d)ician|\w*surgeon|physician|doctor|GP|nurse|specialist|consultant|dentist|pharmacist|(?:physio)?therapist|physio|chiropractor|midwife|carer|care ?giver|helper|nanny|maid)"
-KIN = rf"(?:son|daughter|wife|husband|mother|father|mom|mum|dad|brother|sister|sibling|uncle|aunt(?:ie|y)?|niece|nephew|cousin|friend|partner|baby|babies|twins?|triplets|girls?|boys?|kids?|child|children|infant|toddler|newborn|little (?:one|boy|girl)|grand(?:son|mother|father|daughter|ma|pa|child)|granny|(?:boy|girl)friend|fianc[eé]e?|spouse|ex|colleague|co-?worker|neighbou?r|(?:flat|room|house|class)?mate|pal|boss|teacher|pupil|student|client|resident|tenant|eldest|youngest|(?:mother|father|sister|brother|son|daughter)[- ]in[- ]law|{TREATS})"
+KIN = rf"(?:(?:step-?)?(?:son|daughter|mother|father|dad|mom|mum|brother|sister)|son|daughter|wife|husband|mother|father|mom|mum|dad|brother|sister|sibling|uncle|aunt(?:ie|y)?|niece|nephew|cousin|friend|partner|baby|babies|twins?|triplets|girls?|boys?|kids?|child|children|infant|toddler|newborn|little (?:one|boy|girl)|grand(?:son|mother|father|daughter|ma|pa|child)|granny|(?:boy|girl)friend|fianc[eé]e?|spouse|hubby|bf|gf|ex|colleague|co-?worker|neighbou?r|(?:flat|room|house|class)?mate|pal|boss|teacher|pupil|student|client|resident|tenant|eldest|youngest|(?:mother|father|sister|brother|son|daughter)[- ]in[- ]law|{TREATS})"
 
 # %% ../../nbs/api/12c_names.ipynb #03d45dbc
 def _rule(
@@ -78,7 +79,7 @@ def _rule(
     return level, frozenset(triggers.split()), re.compile(pattern)
 
 
-RELATIONS = "son daughter wife husband mother father mom mum dad brother sister uncle aunt auntie aunty niece nephew cousin friend partner baby twin twins girl girls boy boys kid kids child children infant toddler newborn one grandson grandmother grandfather granddaughter grandma grandpa granny boyfriend girlfriend fiance fiancé fiancee fiancée spouse ex colleague coworker neighbour neighbor flatmate roommate housemate classmate mate pal boss teacher pupil student client resident tenant eldest youngest law"
+RELATIONS = "son daughter wife husband mother father mom mum dad brother sister uncle aunt auntie aunty niece nephew cousin friend partner baby twin twins girl girls boy boys kid kids child children infant toddler newborn one grandson grandmother grandfather granddaughter grandma grandpa granny boyfriend girlfriend fiance fiancé fiancee fiancée spouse hubby bf gf stepson stepdaughter stepmother stepfather stepdad stepmom ex colleague coworker neighbour neighbor flatmate roommate housemate classmate mate pal boss teacher pupil student client resident tenant eldest youngest law"
 RULES = [
     _rule("sure", "dr mr mrs ms prof professor shri sri smt miss", rf"\b{TITLE}(?P<value>{NAME}|{SHOUT}|{QUIET})"),
     _rule("likely", "doctor nurse madam mam sister matron midwife granny grandma grandpa granddad uncle aunt auntie aunty", rf"\b(?:[Dd]octor|Nurse|Madam|[Mm]am|Sister|Matron|Midwife|[Gg]rand(?:ma|pa|dad)|[Gg]ranny|Uncle|[Aa]unt(?:ie|y)?)\s+(?P<value>{NAME})"),
@@ -101,13 +102,16 @@ RULES = [
     _rule("named", "side", rf"\b(?P<value>{WORD}|[{LOWER}]{{3,}})(?=\s+this side\b)"),
     _rule("likely", "took brought carried drove", rf"\b(?:took|brought|carried|drove|rushed)\s+(?P<value>{NAME})(?=\s+to\s+(?:the|a|an|see|hospital|clinic|our|my|[Dd]r|ER|A&E)\b)"),
     _rule("likely", "report reports message question concern worry query sorry yes no sure welcome", rf"\b(?:reports?|message|question|concern|worry|query|sorry|[Yy]es|[Nn]o|[Ss]ure|[Ww]elcome),\s+(?P<value>{WORD})(?=[.!])"),
-    _rule("lower", "i im iam m myself this its it hi hii hello hey dr doctor sir dear old", rf"\b(?i:i am|i['’ ]?m|iam|m|myself|this is|it['’]?s|h(?:i+|ello|ey)|doc(?:tor)?|dr|sir|dear|year old|yr old)\s*,?\s+(?!(?:i|im|am|my|this|it|its|myself|sir|doc|doctor)\b)(?P<value>{QUIET})"),
+    _rule("lower", "i im iam m myself this its it hi hii hello hey dr doctor sir dear old", rf"\b(?i:i am|i['’ ]?m|iam|m|my ?self|this is|it['’]?s|h(?:i+|ello|ey)|doc(?:tor)?|dr|sir|dear|year old|yr old)\s*,?\s+(?!(?:i|im|am|my|this|it|its|myself|sir|doc|doctor)\b)(?P<value>{QUIET})"),
     _rule("plain", "for if told ask tell with and can could should does is call from by sir madam mam", rf"\b(?:for|if|told|ask|tell|with|and|can|could|should|does|is|call|from|by|sir|madam|mam)\s+(?P<value>[{LOWER}]{{4,}})(?=\s+(?:to|is|has|can|and|here|take|have|was|should|who|this|sir|mam|madam)\b|[,.?!]|\Z)"),
     _rule("listed", "am m im hi hello hey thanks thank sir under welcome", rf"\b(?:I am|I['’]?m|[Ii]m|[Hh]i+|[Hh]ello|[Hh]ey|[Tt]hanks|[Tt]hank you|[Ww]elcome|[Uu]nder)[,:!]?\s+{TITLE}?(?P<value>{NAME})"),
     _rule("likely", "am m im", rf"\b(?:I am|I['’]?m|[Ii]m)\s+(?P<value>{NAME})(?=,?\s+(?:from\b|aged?\b|\d{{1,2}}\b(?!\s*(?:weeks?|months?|days?|wks)))|,\s+(?:an?|my|the)\s)"),
-    _rule("self", "am m im iam", rf"\b(?i:i am|i['’ ]?m|iam)\s+(?P<value>{WORD}|[{LOWER}]{{4,}})(?=\s*[,.]?\s+(?:from|frm|aged?|here|(?i:i)\s?(?:am|m)|(?i:this) side)\b|,?\s+\d{{1,2}}\s?(?:y|m|f|M|F)|,\s*\d{{1,2}}\b|,\s+(?:and|my|a|an|the|I|i)\b|\s+and my\b)"),
+    _rule("self", "am m im iam", rf"\b(?i:i am|i['’ ]?m|iam)\s+(?P<value>{WORD}|[{LOWER}]{{4,}})(?=\s*[,.]?\s+(?:from|frm|aged?|here|(?i:i)\s?(?:am|m)|(?i:this) side)\b|,?\s+\d{{1,2}}\s?(?:y|m|f|M|F)|,\s*\d{{1,2}}\b|,\s+(?:and|my|a|an|the|I|i)\b|\s+and my\b|\s+\d{{1,2}}\s+(?:and|i|years?|yrs?)\b)"),
+    _rule("self", "am m im", rf"\b(?:I am|I['’]m|[Ii]m)\s+(?P<value>{WORD})(?=\.(?:\s|\Z))"),
+    _rule("likely", "whether if", rf"\b(?:whether|if)\s+(?P<value>{WORD})(?=\s+(?:should|can|could|may|needs? to)\s+(?:have|take|eat|get|see|go|fly|travel|drink|sleep|play|still)\b)"),
     _rule("likely", "i", rf"\bI,?\s+(?P<value>{NAME})(?=,)"),
-    _rule("likely", "this its it myself by to with dear", rf"\b(?:[Tt]his is|[Mm]yself|[Ss]een by|[Rr]eferred by|[Ss]poke (?:to|with)|[Ii]t['’]?s(?=\s+\S+\s+(?:again|here|with|from)\b)|[Dd]ear)\s+(?P<value>{NAME})"),
+    _rule("likely", "this its it myself by to with dear", rf"\b(?:[Tt]his is|[Mm]y ?self|[Ss]een by|[Rr]eferred by|[Ss]poke (?:to|with)|[Ii]t['’]?s(?=\s+\S+\s+(?:again|here|with|from)\b)|[Dd]ear)\s+(?P<value>{NAME})"),
+    _rule("likely", "thanks thank cheers", rf"\b(?:[Tt]hanks|[Tt]hank you|[Cc]heers),?[ \t]*\n\s*{TITLE}?(?P<value>{NAME})"),
     _rule("likely", "hi hii hello hey dear thanks welcome", rf"\b(?:[Hh]i+|[Hh]ello|[Hh]ey|[Dd]ear|[Ww]elcome)(?:,(?=\s*{WORD}!))?\s+(?P<value>{NAME})(?=[,.!\n]|\s+(?:thanks|welcome|I|[Yy]our?|it)\b)"),
     _rule("likely", "hi hii hello hey sir doctor doc madam", rf"\b(?:[Hh]i+|[Hh]ello|[Ss]ir|[Dd]octor|[Dd]oc|[Mm]adam),?\s+(?P<value>{WORD})(?=\s+(?:from|here|this side)\b)"),
     _rule("likely", "old", rf"\b(?:year|yr|month|week|day)s?[- ]olds?(?:\s\w+)?,?\s+(?P<value>{NAME})"),
@@ -118,7 +122,8 @@ RULES = [
     _rule("likely", "sir madam ji garu bhai didi saheb sahib aunty uncle", rf"(?P<value>{NAME})(?=\s+(?:sir|madam|ji|garu|bhai|didi|sahe?b|sahib)\b)"),
     _rule("lower", "sir madam ji garu bhai didi saheb sahib aunty uncle", rf"\b(?P<value>[{LOWER}]{{3,}})(?=\s+(?:sir|madam|ji|garu|bhai|didi|sahe?b|sahib|aunty|uncle)\b)"),
     _rule("likely", "name care", rf"\b(?:(?:[Mm]y|[Hh]er|[Hh]is|['’]s|husband|wife|son|daughter) name|by the name of|under the care of|care of)\s+{TITLE}?(?P<value>{NAME})"),
-    _rule("listed", "little late baby old poor late", rf"\b(?:[Ll]ittle|[Bb]aby|[Ll]ate|[Oo]ld|[Pp]oor)\s+(?P<value>{NAME})"),
+    _rule("likely", "little", rf"\b[Ll]ittle\s+(?P<value>{WORD})(?=\s+(?:has|is|was|had|and)\b|['’]s|[.,])"),
+    _rule("listed", "little late baby old poor", rf"\b(?:[Ll]ittle|[Bb]aby|[Ll]ate|[Oo]ld|[Pp]oor)\s+(?P<value>{NAME})"),
     _rule("likely", "", rf"\b(?:{KIN}|[Mm]e|I|mine|ours)\s*\(\s*{TITLE}?(?P<value>{NAME})(?:,\s*\d[^()]*)?\)"),
     _rule("listed", "", rf"(?P<value>\b[{UPPER}]{{3,}},\s+{WORD})(?=\s*[:,;\d])"),
 ]
@@ -130,11 +135,12 @@ FOLLOWED = re.compile(rf"\s+\((?:my|our|his|her)\s+(?:\w+\s)?{KIN}\b|,\s+(?:my|o
 OWNS = re.compile(rf"['’]s\s+(?:{PEOPLE_HAVE}|{KIN}|parents|family)\b")
 SAID = re.compile(r"\s+(?:says|said|thinks|told (?:me|us|him|her)|asked (?:me|us|for|if|whether)|wants|drinks|eats|sleeps|weighs|weighed|sits|walks|talks|feels|woke|wakes|phoned|rang|cries|refuses|snores|complains|lent|coughs|vomits|vomited|fell|fainted|swallowed|gave me|needs (?:counsel|to see)|is (?:able to|allowed|scared|depressed|crying|allergic|conscious|unconscious|breathing|refusing|on the)|was (?:born|bitten|diagnosed|admitted)|has (?:been (?:diagnosed|vomiting|crying|coughing)|never|always)|had (?:RSV|measles|mumps|chicken|a stroke|a heart|an operation|surgery))\b")
 SURELY_SAID = re.compile(r"\s+(?:weighs|weighed|snores|cries|vomits|fainted|rang|phoned|swallowed|refuses)\b")
-ASKED = re.compile(r"\s+(?:fast|eat|go|sleep|travel|fly|drink|exercise|still|safely|have (?:the|a|this))\b")
+ASKED = re.compile(r"\s+(?:fast|eat|go|sleep|travel|fly|drink|exercise|still|safely|need|take|have (?:the|a|this))\b")
 MODALS = ("Should", "Can", "Could", "May", "Will", "Does", "Is")
 SIGNATURE = re.compile(rf"(?:[.!?]\s+|\n\s*|\s[-–]\s*)(?:From\s+)?(?P<value>(?:{INITIALS})?{WORD}\s+{NAME}|{INITIALS}{NAME})(?:,\s*{WORD})?\s*\.?\s*\Z")
 SIGNED = re.compile(rf"(?:\b(?:[Tt]hanks?(?: you)?(?: in advance)?|[Rr]egards|[Ss]incerely|[Yy]ours|[Cc]heers|[Ll]ove|wishes|(?:reply|response|answer|soon|help|advice|advance|earliest|you))[,.!]*\s*(?:[-–]\s*)?|\n\s*[-–~]?\s*|\A\s*[-–]\s*|[.!?]\s+[-–]\s*){TITLE}?(?P<value>{NAME})(?:,\s*[^.\n]{{2,30}})?\s*[.!]?\s*\Z")
 ENDS = re.compile(r"\s*(?:,|\.|\Z)|\s+(?:from|frm|here|aged?|i am|i'm|im|\d{1,2})\b")
+THANKED = re.compile(rf"\b[Tt]hank(?:s| you)\b[^.!?\n]{{0,40}}[.!,]\s+(?P<value>{NAME})\s*[.!]?\s*\Z")
 QUIET_SIGNED = re.compile(rf"\b(?:[Tt]hanks?(?: you)?|[Rr]egards|[Ss]incerely|[Yy]ours|[Cc]heers|[Ll]ove)[,.!]*\s+(?:and regards\s+)?(?:[-–]\s*)?(?P<value>{QUIET})\s*[.!]?\s*\Z")
 SPOKEN_TO = re.compile(rf"(?:\A|(?<=\n))\s*(?P<value>{NAME})(?=,\s+(?:you|your|do|don['’]t|please|it|there)\b)")
 SHOUTED = re.compile(rf"(?:\A|(?<=[.!?:\n]))\s*(?P<value>[{UPPER}]{{2,}}(?:[\s-](?:[A-Z]\.\s*)?[{UPPER}]{{2,}}){{1,3}})(?={AGE}|\s+AGE\b)")
@@ -187,6 +193,8 @@ def _trim(
     words = list(re.finditer(r"[^\s.]+\.?", text[start:end]))
     lists, sure = name_lists(), level in ("sure", "named")
     whole = len(words) > 1 and words[0].group() in lists["ambiguous"] and words[1].group() in lists["family"]  # "Will Turner"
+    if sure and len(words) > 1 and len(words[0].group()) == 1:  # "Dr A Rao": here the A is no article
+        whole = True
     while words and not whole and (words[0].group() in NOT_NAMES or not sure and len(words[0].group()) > 2 and words[0].group().strip(".").capitalize() in NOT_NAMES):
         words.pop(0)
     stop = next((number for number, word in enumerate(words) if word.group() in NOT_NAMES and not (whole and number == 0)), len(words))
@@ -245,7 +253,7 @@ def _level(
         level = "likely" if match["gap"].isspace() or apposed else "listed"
     if level == "self":  # "I am Uzoma, 27" but not "I am diabetic, 27"
         given = match["value"].capitalize() in name_lists()["given"]
-        level = "named" if given or not DESCRIBES.search(match["value"]) else "listed"
+        level = "named" if given or capitals_tell and not DESCRIBES.search(match["value"]) else "listed"
     return "listed" if level == "likely" and not capitals_tell else level
 
 
@@ -254,7 +262,7 @@ def _by_place(
     words: set[str],  # its words in lower case
 ) -> Iterator[tuple[int, int]]:
     "Names by their place: under a letter, before an age, alone in a greeting"
-    for pattern, level in ((SIGNATURE, "likely"), (SIGNED, "likely"), (SPOKEN_TO, "listed")):
+    for pattern, level in ((SIGNATURE, "likely"), (SIGNED, "likely"), (THANKED, "likely"), (SPOKEN_TO, "listed")):
         for match in pattern.finditer(text):
             yield from filter(None, [_trim(text, match.start("value"), match.end("value"), level)])
     if not words.isdisjoint(("thanks", "thank", "regards", "sincerely", "yours", "cheers", "love")) and (match := QUIET_SIGNED.search(text)):
