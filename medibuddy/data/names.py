@@ -71,8 +71,8 @@ KIN = rf"(?:(?:step-?)?(?:son|daughter|mother|father|dad|mom|mum|brother|sister)
 
 # %% ../../nbs/api/12c_names.ipynb #03d45dbc
 def _rule(
-    level: str,  # "sure", "likely", "listed", "lower", ... as in `_trim`; "kin", "treats" and "self" depend on what follows
-    triggers: str,  # lower-case words, one of which must be in the text; empty: always tried
+    level: str,  # "sure", "likely", "listed", "lower", ... as in `_trim`; "kin" and "self" depend on what follows
+    triggers: str,  # lower-case words, one of which must be in the text; "(" and "SHOUTED" (a word in capitals) count as words
     pattern: str,  # with a group `value`
 ) -> tuple[str, frozenset[str], re.Pattern]:
     "One way in which a text names somebody"
@@ -80,6 +80,7 @@ def _rule(
 
 
 RELATIONS = "son daughter wife husband mother father mom mum dad brother sister uncle aunt auntie aunty niece nephew cousin friend partner baby twin twins girl girls boy boys kid kids child children infant toddler newborn one grandson grandmother grandfather granddaughter grandma grandpa granny boyfriend girlfriend fiance fiancé fiancee fiancée spouse hubby bf gf stepson stepdaughter stepmother stepfather stepdad stepmom ex colleague coworker neighbour neighbor flatmate roommate housemate classmate mate pal boss teacher pupil student client resident tenant eldest youngest law"
+TREATING = "doctor gp nurse specialist consultant dentist pharmacist physician surgeon neurosurgeon physio therapist physiotherapist chiropractor midwife carer caregiver helper nanny maid cardiologist neurologist dermatologist gynecologist gynaecologist urologist oncologist radiologist pathologist psychologist endocrinologist gastroenterologist nephrologist pulmonologist rheumatologist hematologist haematologist ophthalmologist psychiatrist paediatrician pediatrician obstetrician optician"
 RULES = [
     _rule("sure", "dr mr mrs ms prof professor shri sri smt miss", rf"\b{TITLE}(?P<value>{NAME}|{SHOUT}|{QUIET})"),
     _rule("likely", "doctor nurse madam mam sister matron midwife granny grandma grandpa granddad uncle aunt auntie aunty", rf"\b(?:[Dd]octor|Nurse|Madam|[Mm]am|Sister|Matron|Midwife|[Gg]rand(?:ma|pa|dad)|[Gg]ranny|Uncle|[Aa]unt(?:ie|y)?)\s+(?P<value>{NAME})"),
@@ -94,8 +95,7 @@ RULES = [
     _rule("likely", "o", rf"\b(?:[swdbSWDB]/[oO])\.?\s*:?\s*{TITLE}?(?P<value>{NAME})"),
     _rule("likely", "o", rf"(?P<value>{NAME})(?=\s*,?\s*(?:[swdSWD]/[oO])\b)"),
     _rule("likely", "of", rf"\b(?:[Ff]ather|[Mm]other|[Pp]arents?|[Mm](?:um|om)|[Dd]ad|[Ww]ife|[Hh]usband|[Ss]on|[Dd]aughter|[Bb]aby|[Cc]hild|behalf) of\s+{TITLE}?(?P<value>{NAME})"),
-    _rule("kin", RELATIONS, rf"\b(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur|[Tt]heir|[Yy]our|[Aa]n?|[Tt]he|[Oo]ne|[Tt]wo|[Tt]hree)\s+(?:[\w'’-]+\s+|\w+-){{0,3}}?{KIN}(?P<gap>[,:]?\s+)(?P<value>{NAME})"),
-    _rule("treats", "", rf"\b(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur|[Tt]heir|[Yy]our|[Aa]|[Tt]he)\s+(?:[\w'’-]+\s+){{0,2}}?{TREATS}(?P<gap>[,:]?\s+)(?P<value>{NAME})"),
+    _rule("kin", f"{RELATIONS} {TREATING}", rf"\b(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur|[Tt]heir|[Yy]our|[Aa]n?|[Tt]he|[Oo]ne|[Tt]wo|[Tt]hree)\s+(?:[\w'’-]+\s+|\w+-){{0,3}}?{KIN}(?P<gap>[,:]?\s+)(?P<value>{NAME})"),
     _rule("lower", RELATIONS, rf"\b(?i:my|his|her|our)\s+(?:[\w-]+\s+){{0,2}}?{KIN},?\s+(?P<value>{QUIET})"),
     _rule("self", RELATIONS, rf"\b(?i:my|his|her|our)\s+(?:[\w-]+\s+){{0,2}}?{KIN},?\s+(?P<value>[{LOWER}]{{4,}})(?=,?\s+(?:is|was|age|aged|of)?\s*\d)"),
     _rule("self", RELATIONS, rf"\b(?i:my|his|her|our)\s+(?:[\w-]+\s+){{0,2}}?{KIN} is\s+(?P<value>{WORD})(?=[.,;]|\s+and\b)"),
@@ -124,8 +124,8 @@ RULES = [
     _rule("likely", "name care", rf"\b(?:(?:[Mm]y|[Hh]er|[Hh]is|['’]s|husband|wife|son|daughter) name|by the name of|under the care of|care of)\s+{TITLE}?(?P<value>{NAME})"),
     _rule("likely", "little", rf"\b[Ll]ittle\s+(?P<value>{WORD})(?=\s+(?:has|is|was|had|and)\b|['’]s|[.,])"),
     _rule("listed", "little late baby old poor", rf"\b(?:[Ll]ittle|[Bb]aby|[Ll]ate|[Oo]ld|[Pp]oor)\s+(?P<value>{NAME})"),
-    _rule("likely", "", rf"\b(?:{KIN}|[Mm]e|I|mine|ours)\s*\(\s*{TITLE}?(?P<value>{NAME})(?:,\s*\d[^()]*)?\)"),
-    _rule("listed", "", rf"(?P<value>\b[{UPPER}]{{3,}},\s+{WORD})(?=\s*[:,;\d])"),
+    _rule("likely", "(", rf"\b(?:{KIN}|[Mm]e|I|mine|ours)\s*\(\s*{TITLE}?(?P<value>{NAME})(?:,\s*\d[^()]*)?\)"),
+    _rule("listed", "SHOUTED", rf"(?P<value>\b[{UPPER}]{{3,}},\s+{WORD})(?=\s*[:,;\d])"),
 ]
 
 # %% ../../nbs/api/12c_names.ipynb #3b4a476a
@@ -142,9 +142,11 @@ SIGNED = re.compile(rf"(?:\b(?:[Tt]hanks?(?: you)?(?: in advance)?|[Rr]egards|[S
 ENDS = re.compile(r"\s*(?:,|\.|\Z)|\s+(?:from|frm|here|aged?|i am|i'm|im|\d{1,2})\b")
 THANKED = re.compile(rf"\b[Tt]hank(?:s| you)\b[^.!?\n]{{0,40}}[.!,]\s+(?P<value>{NAME})\s*[.!]?\s*\Z")
 QUIET_SIGNED = re.compile(rf"\b(?:[Tt]hanks?(?: you)?|[Rr]egards|[Ss]incerely|[Yy]ours|[Cc]heers|[Ll]ove)[,.!]*\s+(?:and regards\s+)?(?:[-–]\s*)?(?P<value>{QUIET})\s*[.!]?\s*\Z")
-SPOKEN_TO = re.compile(rf"(?:\A|(?<=\n))\s*(?P<value>{NAME})(?=,\s+(?:you|your|do|don['’]t|please|it|there)\b)")
+SPOKEN_TO = re.compile(rf"\s*(?P<value>{NAME})(?=,\s+(?:you|your|do|don['’]t|please|it|there)\b)")
 SHOUTED = re.compile(rf"(?:\A|(?<=[.!?:\n]))\s*(?P<value>[{UPPER}]{{2,}}(?:[\s-](?:[A-Z]\.\s*)?[{UPPER}]{{2,}}){{1,3}})(?={AGE}|\s+AGE\b)")
 WHISPERED = re.compile(r"\A\s*(?:hi+|hello|hey)\b[ \w]{0,8},?\s+(?:(?P<value>[a-z]{3,12})(?=\s+here\b)|(?:it['’]?s|this is)\s+(?P<other>(?!urgent|important|about|regarding|been|very|really|just|for|the|not)[a-z]{3,12})(?=,))", re.IGNORECASE)
+LETTER_END = 160  # characters in which a letter is signed
+CAPITALS = re.compile(r"[A-Z]{3}")
 BARE = re.compile(rf"(?<![\w-])(?:{INITIALS}{WORD}|{NAME})")
 AND_MORE = re.compile(rf",?\s+(?:and|&)\s+(?:little\s+)?(?P<value>{NAME})")
 PLACED = re.compile(r"\b(?:in|at|near|from)\s+\Z")
@@ -227,10 +229,11 @@ def names(
     "Where a text names people"
     runs = [match for match in BARE.finditer(text) if match.group() not in NOT_NAMES]
     words = set(re.findall(r"[^\W\d_]+", text.lower()))
+    words |= {mark for mark, there in (("(", "(" in text), ("SHOUTED", CAPITALS.search(text))) if there}
     # People Who Write Like This give no sign by a capital
     capitals_tell = len(runs) * 4 < text.count(" ") + 8
     for level, triggers, pattern in RULES:
-        if triggers and triggers.isdisjoint(words):
+        if triggers.isdisjoint(words):
             continue
         for match in pattern.finditer(text):
             if span := _trim(text, match.start("value"), match.end("value"), _level(text, match, level, capitals_tell)):
@@ -248,7 +251,7 @@ def _level(
     capitals_tell: bool,  # False: most words are capitalised
 ) -> str:  # for _trim
     "How sure a match makes us"
-    if level in ("kin", "treats"):  # "my son Arjun" or "my husband, X, snores" names somebody; "my son, Severe pain" does not
+    if level == "kin":  # "my son Arjun" or "my husband, X, snores" names somebody; "my son, Severe pain" does not
         apposed = text[match.end():match.end() + 1] in tuple(",.;)")
         level = "likely" if match["gap"].isspace() or apposed else "listed"
     if level == "self":  # "I am Uzoma, 27" but not "I am diabetic, 27"
@@ -262,13 +265,14 @@ def _by_place(
     words: set[str],  # its words in lower case
 ) -> Iterator[tuple[int, int]]:
     "Names by their place: under a letter, before an age, alone in a greeting"
-    for pattern, level in ((SIGNATURE, "likely"), (SIGNED, "likely"), (THANKED, "likely"), (SPOKEN_TO, "listed")):
-        for match in pattern.finditer(text):
+    end = max(0, len(text) - LETTER_END)
+    for match, level in ((SIGNATURE.search(text, end), "likely"), (SIGNED.search(text, end), "likely"), (THANKED.search(text, end), "likely"), (SPOKEN_TO.match(text), "listed")):
+        if match:
             yield from filter(None, [_trim(text, match.start("value"), match.end("value"), level)])
-    if not words.isdisjoint(("thanks", "thank", "regards", "sincerely", "yours", "cheers", "love")) and (match := QUIET_SIGNED.search(text)):
+    if not words.isdisjoint(("thanks", "thank", "regards", "sincerely", "yours", "cheers", "love")) and (match := QUIET_SIGNED.search(text, end)):
         level = "named" if text[match.start():match.start("value")].rstrip().endswith("regards") else "lower"
         yield from filter(None, [_trim(text, match.start("value"), match.end("value"), level)])
-    for match in SHOUTED.finditer(text):
+    for match in SHOUTED.finditer(text) if "SHOUTED" in words else ():
         if match["value"].split()[0].capitalize() not in NOT_NAMES:
             yield match.span("value")
     if match := WHISPERED.match(text):
