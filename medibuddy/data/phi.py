@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from .names import names
 
 # %% auto #0
-__all__ = ['EMAIL', 'RECORD_CUE', 'RECORD_FORM', 'MONTH', 'DAY', 'YEAR', 'UNIT', 'DATE', 'SHORT_DATE', 'PHONE', 'PHONE_CUE',
-           'STREET', 'PLACE', 'POSTCODE', 'UNIT_NUMBER', 'ADDRESS', 'ADDRESS_CUE', 'DIGIT', 'RECOGNISERS', 'Span',
-           'Scrubbed', 'records', 'dates', 'phones', 'addresses', 'find_phi', 'scrub_phi']
+__all__ = ['EMAIL', 'RECORD_CUE', 'RECORD_FORM', 'FOUR_DIGITS', 'MONTH', 'DAY', 'YEAR', 'UNIT', 'DATE', 'SHORT_DATE', 'MONTHS',
+           'PARTED', 'DIGIT', 'PHONE', 'PHONE_CUE', 'STREET', 'PLACE', 'POSTCODE', 'UNIT_NUMBER', 'NUMBERED', 'HOUSE',
+           'ABROAD', 'NUMBER_AND_CAPITAL', 'ADDRESS_CUE', 'RECOGNISERS', 'Span', 'Scrubbed', 'records', 'dates',
+           'phones', 'addresses', 'find_phi', 'scrub_phi']
 
 # %% ../../nbs/api/12a_phi.ipynb #5efa3539
 @dataclass(frozen=True)
@@ -40,11 +41,15 @@ RECORD_CUE = re.compile(
     r"(?:(?:no|nr|num|number|id|#|identifier|identification)\b\.?\s*)*(?:is|was|:|#|-|=|of)?\s*#?\s*(?P<value>(?=[A-Z0-9/-]*\d)[A-Z]{0,5}[-/]?\d[A-Z0-9]*(?:[-/ ]?[A-Z0-9]*\d[A-Z0-9]*){0,4})", re.IGNORECASE)
 RECORD_FORM = re.compile(r"\b\d{3}-\d{2}-\d{4}\b|\b(?!NCT|PMID|ISRCTN|DOI|ICD|GRCH)[A-Z]{2,4}[-/ ]?\d{6,12}[A-Z]?\b|\b(?!NCT)[A-Z]{1,3}-\d{2,4}-\d{3,8}\b")
 
+FOUR_DIGITS = re.compile(r"\d(?:[A-Z]{0,20}[-/ ]?[A-Z]{0,20}\d){3}", re.IGNORECASE)  # as close together as in a record number
+
 
 def records(
     text: str,  # any text
 ) -> Iterator[Span]:
     "Numbers that identify a patient: by the word before them or by a form that nothing clinical has"
+    if not FOUR_DIGITS.search(text):  # most texts, and quicker to see than to search for cues
+        return
     for match in RECORD_CUE.finditer(text):
         digits = sum(character.isdigit() for character in match["value"])
         named = re.search(r"\b(?:no|nr|num|number|id|identifier|MRN|UHID|SSN)\b|#|:", match.group()[:match.start("value") - match.start()], re.IGNORECASE)
@@ -64,11 +69,17 @@ DATE = re.compile(
     rf"\b{DAY}(?:\s+of)?[\s-]{MONTH}(?:,?[\s-]+(?:{YEAR}|'?\d\d)\b)?|\b{MONTH}[\s-]+{DAY}\b(?!\s*(?:mg|mcg|ml|%|-))(?:,?[\s-]+{YEAR}\b)?|\b{MONTH},?[\s-]+(?:of\s+)?{YEAR}\b", re.IGNORECASE)
 SHORT_DATE = re.compile(r"\b(?:on|dated|date|dob|born|since|from|until|by)[:\s]+(?:the\s+)?(?P<value>(?:0?[1-9]|[12]\d|3[01])[/-](?:0?[1-9]|[12]\d|3[01]))\b(?![/\d.%-]|\s*(?:mm|pain|on|out|scale|vision|power|mg|days?|weeks?|times|hours?))", re.IGNORECASE)
 
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+PARTED = re.compile(r"\d[-/.]\d")
+
 
 def dates(
     text: str,  # any text
 ) -> Iterator[Span]:
     "Dates more precise than a year"
+    lower = text.lower()
+    if not PARTED.search(text) and not any(month in lower for month in MONTHS):
+        return
     for match in DATE.finditer(text):
         # "may" and "march" are verbs too: without a capital they need more than a bare day
         word = re.search("[A-Za-z]{3,}", match.group())
@@ -81,6 +92,7 @@ def dates(
             yield Span(match.start("value"), match.end("value"), "DATE")
 
 # %% ../../nbs/api/12a_phi.ipynb #ed344f6a
+DIGIT = re.compile(r"\d")
 PHONE = re.compile(
     r"(?<![\w./-])(?:"
     r"\+\d{1,3}[\s.-]?(?:\(0?\d{1,4}\)[\s.-]?)?\d{1,5}(?:[\s.-]?\d{2,5}){1,4}|"
@@ -93,6 +105,8 @@ def phones(
     text: str,  # any text
 ) -> Iterator[Span]:
     "Telephone numbers"
+    if len(DIGIT.findall(text)) < 7:
+        return
     for match in PHONE.finditer(text):
         if not UNIT.match(text, match.end()):
             yield Span(match.start(), match.end(), "PHONE")
@@ -105,10 +119,10 @@ STREET = r"(?:Street|St|Avenue|Ave|Road|Rd|Lane|Ln|Drive|Dr|Boulevard|Blvd|Court
 PLACE = r"(?:,\s*[A-Z][a-zà-ÿ'’-]+(?:\s[A-Z][a-zà-ÿ'’-]+){0,2}(?![\w]))"
 POSTCODE = r"(?:,?\s*(?:[A-Z]{2}\s+)?\d{5}(?:-\d{4})?\b|,?\s*[A-Z]{1,2}\d[A-Z\d]?\s*\d[A-Z]{2}\b|,?\s*-?\s*\d{6}\b|,?\s*[A-Z]{2}\b(?=[.,\s]|$))"
 UNIT_NUMBER = r"(?:,?\s*(?:Apt|Apartment|Unit|Suite|Ste|Flat|Floor|Room|#)\.?\s*#?\w{1,5})"
-ADDRESS = re.compile(
-    rf"(?:(?:Flat|Apt|Apartment|Unit|Suite|House|Plot|H)\.?\s*(?:No\.?|number)?\s*#?\d+\w?,?\s*)?\b\d{{1,6}}[A-Za-z]?,?\s+(?:(?:North|South|East|West|N|S|E|W|NE|NW|SE|SW)\.?\s+)?(?:(?:[A-Z][\w'’.-]*|\d+(?:st|nd|rd|th))\s+){{1,4}}{STREET}\b\.?{UNIT_NUMBER}?{PLACE}{{0,3}}{POSTCODE}?|"
-    rf"\b(?:House|Flat|Plot|H|Door)\.?\s*(?:No\.?|Number)?[\s:#.-]*\d+[\w/-]*,\s*[A-Z][\w ]+{PLACE}{{0,3}}{POSTCODE}?|\bP\.?\s?O\.?\s?Box\s+\d+{PLACE}{{0,3}}{POSTCODE}?|"
-    rf"\b[A-Z]?[a-zäöüß]+(?:straße|strasse|weg|platz|gasse)\s+\d+\w?(?:,?\s+\d{{5}}\s+[A-ZÄÖÜ][a-zäöüß]+)?|\b(?:rue|avenue|calle|via)\s+(?:[A-Za-zÀ-ÿ]+\s){{1,4}}\d+\b")
+NUMBERED = re.compile(rf"(?:(?:Flat|Apt|Apartment|Unit|Suite|House|Plot|H)\.?\s*(?:No\.?|number)?\s*#?\d+\w?,?\s*)?\b\d{{1,6}}[A-Za-z]?,?\s+(?:(?:North|South|East|West|N|S|E|W|NE|NW|SE|SW)\.?\s+)?(?:(?:[A-Z][\w'’.-]*|\d+(?:st|nd|rd|th))\s+){{1,4}}{STREET}\b\.?{UNIT_NUMBER}?{PLACE}{{0,3}}{POSTCODE}?")
+HOUSE = re.compile(rf"\b(?:House|Flat|Plot|H|Door)\.?\s*(?:No\.?|Number)?[\s:#.-]*\d+[\w/-]*,\s*[A-Z][\w ]+{PLACE}{{0,3}}{POSTCODE}?|\bP\.?\s?O\.?\s?Box\s+\d+{PLACE}{{0,3}}{POSTCODE}?")
+ABROAD = re.compile(r"\b[A-Z]?[a-zäöüß]+(?:straße|strasse|weg|platz|gasse)\s+\d+\w?(?:,?\s+\d{5}\s+[A-ZÄÖÜ][a-zäöüß]+)?|\b(?:rue|avenue|calle|via)\s+(?:[A-Za-zÀ-ÿ]+\s){1,4}\d+\b")
+NUMBER_AND_CAPITAL = re.compile(r"\d[A-Za-z]?,?\s+[A-Z\d]")
 ADDRESS_CUE = re.compile(rf"\b(?:(?:live|lives|living|reside|resides|residing|stay|staying) (?:at|on)|(?:my |our |home |his |her |mailing )?address(?: is|:))\s*(?P<value>\d+[^.?!\n]{{5,80}}?\b{STREET}\b[^.?!\n;]{{0,60}}?)(?=\s+(?:and|but|with|for|since|where|who|which|I)\b|[.?!;\n]|$)", re.IGNORECASE)
 
 
@@ -116,13 +130,16 @@ def addresses(
     text: str,  # any text
 ) -> Iterator[Span]:
     "Street addresses, with town and postcode where they follow"
-    for match in ADDRESS.finditer(text):
-        yield Span(match.start(), match.end(), "ADDRESS")
-    for match in ADDRESS_CUE.finditer(text):
+    # what each form cannot do without is quicker to look for than the form
+    forms = ((NUMBERED, NUMBER_AND_CAPITAL.search(text)), (HOUSE, any(word in text for word in ("House", "Flat", "Plot", "Door", "Box", "H"))),
+             (ABROAD, any(word in text for word in ("straße", "strasse", "weg", "platz", "gasse", "rue", "avenue", "calle", "via"))))
+    for form, possible in forms:
+        for match in form.finditer(text) if possible else ():
+            yield Span(match.start(), match.end(), "ADDRESS")
+    for match in ADDRESS_CUE.finditer(text) if any(word in text.lower() for word in ("address", "liv", "resid", "stay")) else ():
         yield Span(match.start("value"), match.end("value"), "ADDRESS")
 
 # %% ../../nbs/api/12a_phi.ipynb #974d8464
-DIGIT = re.compile(r"\d")
 RECOGNISERS = {"EMAIL": lambda text: (Span(match.start(), match.end(), "EMAIL") for match in EMAIL.finditer(text)), "RECORD": records, "ADDRESS": addresses, "DATE": dates, "PHONE": phones, "NAME": lambda text: (Span(start, end, "NAME") for start, end in names(text))}
 
 
