@@ -13,7 +13,7 @@ from pathlib import Path
 import medibuddy
 
 # %% auto #0
-__all__ = ['NOT_NAMES', 'THINGS', 'DESCRIBES', 'EPONYMS', 'EPONYM', 'name_lists', 'names']
+__all__ = ['NOT_NAMES', 'THINGS', 'DESCRIBES', 'MEDICAL', 'EPONYMS', 'EPONYM', 'name_lists', 'names']
 
 # %% ../../nbs/api/12c_names.ipynb #295a11d3
 @lru_cache(1)
@@ -43,12 +43,15 @@ Best Warm Kind Love Yours Truly Faithfully Respected Reply Wishing Wishes God Bl
 Pediatrician Paediatrician Psychiatrist Psychologist Dentist Orthopedic Orthopaedic Consultant General Family Internal Infectious Expert Urgent Urgently Great Long Plenty Plz Pls Madame None Nil Unknown Anonymous Nothing Something Nobody Anyone Someone Everything Such Several Few Mean Median Average Adults Adult Study Persons People Women Men Subjects Children Participants Athlete Bachelor Virgin Vegetarian Smoker Punjabi Bengali Tamil Telugu Engineer Topical Oral Plus Forte
 Weak Tired Sick Ill Afraid Unable Able Fine Fat Thin Vegan Nervous Concerned Desperate Confused Curious Lost New Back Hopeful Grateful Sorry Shri Smt Syndrome Disorder Infection Cancer Tumor Tumour Cyst Failure Fracture Stone Stones Kidney Liver Lung Lungs Brain Bone Breast Uterus Ovary Thyroid Stroke Attack Asthma Allergy Migraine Depression Anxiety Diabetes Cholesterol Protein Water Food Exercise Rest Bed Luck Lotion Cream Gel Ointment Drops Spray Powder Juice Milk
 Hb Hgb Wbc Rbc Tlc Dlc Esr Advise Suggest Recommend Prescribe Guide
+Already Above Below Lady Teen Teenager Hindu Muslim Sikh Jain Past Close Approx Says Said Told Gave Asked Him Us Greetings
 French Greek Thai Swiss Dutch Black White
 Alone Free Busy Ready Stuck Alive Aware Unaware Off Out Up Over Under Due Late Around Almost Nearly Currently Presently Basically Actually Seriously
 """.split())
 THINGS = frozenset("Syndrome Disorder Disease Infection Cancer Tumor Tumour Cyst Failure Fracture Test Scan Surgery Cream Gel Ointment Lotion Drops Spray Powder Syrup Tablet Tablets Injection Foundation University Institute Clinic Hospital Medical Manoeuvre Maneuver".split())
 # how adjectives, nationalities and trades end: "I am Diabetic, 45"
-DESCRIBES = re.compile(r"(?:ed|ing|ic|ive|ful|less|ous|able|ible|ese|ish|ian|al|ly|ist|er|or|ent|ant|ary|man|wife|mate|free|ine|ile|ate|ure)$")
+DESCRIBES = re.compile(r"(?:ed|ing|ic|ive|ful|less|ous|able|ible|ese|ish|ian|al|ly|ist|er|or|ent|ant|ary|man|oid|wife|mate|free|ine|ile|ate|ure)$")
+# how diseases, findings and drugs end: "This is Eczema", "Ferritin"
+MEDICAL = re.compile(r"(?:itis|osis|oma|a?emia|pathy|algia|ectomy|scopy|tension|rrho?ea|czema|plasia|trophy|cillin|mycin|zole|pril|olol|statin|sartan|dipine|mab|tidine|oxacin|phen|profen|mide|pam|lone|sone|xin|ritin|globin|inine|sterol|glycerides?|formin|thyroid)$")
 # whose disease, sign or cyst it is
 EPONYMS = frozenset("""Crohn Parkinson Alzheimer Hashimoto Graves Addison Cushing Huntington Hodgkin Down Turner Wilson Raynaud Sjogren Sjögren Meniere Ménière Bell Paget Behcet Behçet Marfan Kawasaki Reye Tourette Baker Dupuytren Peyronie Asperger Barrett
 Bartholin Achilles Colles Guillain Gehrig Osgood Sever Scheuermann Perthes Takayasu Wegener Whipple Gilbert Lyme Morton Munchausen Devic Berlin Legg Kaposi Ewing Wilms Burkitt Klinefelter Noonan Fabry Gaucher Pompe Charcot Schmorl Tarlov Fordyce Bowen Still Conn Heberden Bouchard Kegel Braxton Meckel Hirschsprung
@@ -61,6 +64,7 @@ UPPER, LOWER = ("".join(letter for letter in LATIN if test(letter)) for test in 
 WORD = rf"(?:[OD]['’])?[{UPPER}][{LOWER}]+(?:['’-](?!s\b)[{UPPER}]?[{LOWER}]+|[{UPPER}][{LOWER}]+)*"
 SHORT = r"(?:(?:M[dh]|Mohd|Muhd|Kr|Sk|Jr|Sr|St)\.)"
 RUN = rf"(?:{SHORT}\s*)?{WORD}(?:[ \t]+(?:[A-Z]\.?[ \t]+)?(?:(?:de|da|dos|del|van|von|der|den|bin|binti|al|el|la|le|du|ap|ab|ben|ibn|te|ter|ten|af|y)\s+){{0,3}}(?:{SHORT}|{WORD})){{0,6}}"  # bounded, or a long list of names takes forever
+PEOPLE_HAVE = r"(?:fever|temperature|blood (?:pressure|tests?|sugar)|BP|sugar|weight|height|pulse|iron|PSA|ha?emoglobin|appetite|school|legs?|arms?|eyes?|ears?|face|head|skin|tummy|belly|stomach|teeth|tooth|mouth|nose|throat|neck|back|chest|hands?|foot|feet|fingers?|toes?|knees?|hair|pain|cough|rash|asthma|diabetes|reports?|results?|medicines?|medications?|birthday|speech|sleep|diet|periods?|pregnancy|opinion|advice)"
 INITIALS = r"(?:[A-Z]\.\s?){1,3}"
 NAME = rf"(?:{INITIALS}|[A-Z]\s)?{RUN}(?:\s+[A-Z](?:\.[A-Z])?\b(?!['’.\w-])(?!\s+(?:am|was|have|had|can|do)))?"  # "K. V. Ramana", "Hemalatha R"
 SHOUT = rf"[{UPPER}]{{3,}}(?:[\s-]+(?:[A-Z]\.\s*)?[{UPPER}]{{3,}}){{0,3}}"
@@ -97,10 +101,10 @@ RULES = [
     _rule("likely", "of", rf"\b(?:[Ff]ather|[Mm]other|[Pp]arents?|[Mm](?:um|om)|[Dd]ad|[Ww]ife|[Hh]usband|[Ss]on|[Dd]aughter|[Bb]aby|[Cc]hild|behalf) of\s+{TITLE}?(?P<value>{NAME})"),
     _rule("kin", f"{RELATIONS} {TREATING}", rf"\b(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur|[Tt]heir|[Yy]our|[Aa]n?|[Tt]he|[Oo]ne|[Tt]wo|[Tt]hree)\s+(?:[\w'’-]+\s+|\w+-){{0,3}}?{KIN}(?P<gap>[,:]?\s+)(?P<value>{NAME})"),
     _rule("lower", RELATIONS, rf"\b(?i:my|his|her|our)\s+(?:[\w-]+\s+){{0,2}}?{KIN},?\s+(?P<value>{QUIET})"),
-    _rule("self", RELATIONS, rf"\b(?i:my|his|her|our)\s+(?:[\w-]+\s+){{0,2}}?{KIN},?\s+(?P<value>[{LOWER}]{{4,}})(?=,?\s+(?:is|was|age|aged|of)?\s*\d)"),
+    _rule("self", RELATIONS, rf"\b(?i:my|his|her|our)\s+(?:[\w-]+\s+){{0,2}}?{KIN},?\s+(?P<value>(?!{PEOPLE_HAVE}\b)[{LOWER}]{{4,}})(?=,?\s+(?:is|was|age|aged|of)?\s*\d{{1,2}}\s*(?:(?:years?|yrs?|y/?o)\b(?!\s+(?:problem|history|back|ago|now))|(?:months?|mths?)\s+old|/?\s?[mfMF]\b))"),
     _rule("self", RELATIONS, rf"\b(?i:my|his|her|our)\s+(?:[\w-]+\s+){{0,2}}?{KIN} is\s+(?P<value>{WORD})(?=[.,;]|\s+and\b)"),
     _rule("named", "side", rf"\b(?P<value>{WORD}|[{LOWER}]{{3,}})(?=\s+this side\b)"),
-    _rule("likely", "took brought carried drove", rf"\b(?:took|brought|carried|drove|rushed)\s+(?P<value>{NAME})(?=\s+to\s+(?:the|a|an|see|hospital|clinic|our|my|[Dd]r|ER|A&E)\b)"),
+    _rule("likely", "took brought carried drove", rf"\b(?:took|brought|carried|drove|rushed)\s+(?P<value>{NAME})(?=\s+to\s+(?:see|hospital|our|my|[Dd]r|ER|A&E|(?:the|a) (?:hospital|clinic|doctor|ER|emergency|dentist|GP))\b)"),
     _rule("likely", "report reports message question concern worry query sorry yes no sure welcome", rf"\b(?:reports?|message|question|concern|worry|query|sorry|[Yy]es|[Nn]o|[Ss]ure|[Ww]elcome),\s+(?P<value>{WORD})(?=[.!])"),
     _rule("lower", "i im iam m myself this its it hi hii hello hey dr doctor sir dear old", rf"\b(?i:i am|i['’ ]?m|iam|m|my ?self|this is|it['’]?s|h(?:i+|ello|ey)|doc(?:tor)?|dr|sir|dear|year old|yr old)\s*,?\s+(?!(?:i|im|am|my|this|it|its|myself|sir|doc|doctor)\b)(?P<value>{QUIET})"),
     _rule("plain", "for if told ask tell with and can could should does is call from by sir madam mam", rf"\b(?:for|if|told|ask|tell|with|and|can|could|should|does|is|call|from|by|sir|madam|mam)\s+(?P<value>[{LOWER}]{{4,}})(?=\s+(?:to|is|has|can|and|here|take|have|was|should|who|this|sir|mam|madam)\b|[,.?!]|\Z)"),
@@ -130,12 +134,11 @@ RULES = [
 
 # %% ../../nbs/api/12c_names.ipynb #3b4a476a
 AGE = r",?\s+aged?\s*:?\s*\d{1,3}\b|,\s*\d{1,2},?\s+(?:years?|yrs?|male|female|man|woman|boy|girl|diabetic|smoker|needs?|asks?|wants|who|has|had|and (?:I|my))\b|,?\s+\d{1,2}\s?(?:/\s?[MmFf]|y/?o|yrs?|[MF])\b|\s+\(\d{1,3}\s*(?:weeks|years|months|yrs|mths|[MFmf]|y/?o)\b"
-PEOPLE_HAVE = r"(?:fever|temperature|blood (?:pressure|tests?|sugar)|BP|sugar|weight|height|pulse|iron|PSA|ha?emoglobin|appetite|school|legs?|arms?|eyes?|ears?|face|head|skin|tummy|belly|stomach|teeth|tooth|mouth|nose|throat|neck|back|chest|hands?|foot|feet|fingers?|toes?|knees?|hair|pain|cough|rash|asthma|diabetes|reports?|results?|medicines?|medications?|birthday|speech|sleep|diet|periods?|pregnancy|opinion|advice)"
-FOLLOWED = re.compile(rf"\s+\((?:my|our|his|her)\s+(?:\w+\s)?{KIN}\b|,\s+(?:my|our)\s+(?:\w+\s){{0,2}}{KIN}\b|(?:{AGE})|\s+(?:here|this side)\b(?=[,.!]|\s+(?:again|with|and))|\s+aunt(?:y|ie)?\b|\s+and (?:me|s?he)\b|\s+and I (?:are|were|both|have|had been|tested|tried|want|plan|share|live)\b|\s+again about\b|\s+is (?:my|our)\s+(?:[\w-]+\s+){{0,4}}{KIN}\b|\s+is \d+ (?:and (?:has|is|was|had|takes|weighs|wets|lives)|(?:years?|yrs|months|mths)\s+old)\b")
+FOLLOWED = re.compile(rf"\s+\((?:my|our|his|her)\s+(?:\w+\s)?{KIN}\b|,\s+(?:my|our)\s+(?:\w+\s){{0,2}}{KIN}(?=\s*[,.;)]|\s*\Z)|(?:{AGE})|\s+(?:here|this side)\b(?=[,.!]|\s+(?:again|with|and))|\s+aunt(?:y|ie)?\b|\s+and (?:me|s?he)\b|\s+and I (?:are|were|both|have|had been|tested|tried|want|plan|share|live)\b|\s+again about\b|\s+is (?:my|our)\s+(?:[\w-]+\s+){{0,4}}{KIN}\b|\s+is \d+ (?:and (?:has had|takes|weighs|wets|lives|still|s?he)|(?:years?|yrs|months|mths)\s+old)\b")
 OWNS = re.compile(rf"['’]s\s+(?:{PEOPLE_HAVE}|{KIN}|parents|family)\b")
 SAID = re.compile(r"\s+(?:says|said|thinks|told (?:me|us|him|her)|asked (?:me|us|for|if|whether)|wants|drinks|eats|sleeps|weighs|weighed|sits|walks|talks|feels|woke|wakes|phoned|rang|cries|refuses|snores|complains|lent|coughs|vomits|vomited|fell|fainted|swallowed|gave me|needs (?:counsel|to see)|is (?:able to|allowed|scared|depressed|crying|allergic|conscious|unconscious|breathing|refusing|on the)|was (?:born|bitten|diagnosed|admitted)|has (?:been (?:diagnosed|vomiting|crying|coughing)|never|always)|had (?:RSV|measles|mumps|chicken|a stroke|a heart|an operation|surgery))\b")
 SURELY_SAID = re.compile(r"\s+(?:weighs|weighed|snores|cries|vomits|fainted|rang|phoned|swallowed|refuses)\b")
-ASKED = re.compile(r"\s+(?:fast|eat|go|sleep|travel|fly|drink|exercise|still|safely|need|take|have (?:the|a|this))\b")
+ASKED = re.compile(r"\s+(?:fast|eat|go|sleep|travel|fly|drink|exercise|still|safely|need (?:an?|the|antibiotics|to see|to be)|have (?:the|a|this))\b")
 MODALS = ("Should", "Can", "Could", "May", "Will", "Does", "Is")
 SIGNATURE = re.compile(rf"(?:[.!?]\s+|\n\s*|\s[-–]\s*)(?:From\s+)?(?P<value>(?:{INITIALS})?{WORD}\s+{NAME}|{INITIALS}{NAME})(?:,\s*{WORD})?\s*\.?\s*\Z")
 SIGNED = re.compile(rf"(?:\b(?:[Tt]hanks?(?: you)?(?: in advance)?|[Rr]egards|[Ss]incerely|[Yy]ours|[Cc]heers|[Ll]ove|wishes|(?:reply|response|answer|soon|help|advice|advance|earliest|you))[,.!]*\s*(?:[-–]\s*)?|\n\s*[-–~]?\s*|\A\s*[-–]\s*|[.!?]\s+[-–]\s*){TITLE}?(?P<value>{NAME})(?:,\s*[^.\n]{{2,30}})?\s*[.!]?\s*\Z")
@@ -212,6 +215,8 @@ def _trim(
         return None
     if level in ("lower", "plain") and not first.islower():
         return None
+    if level == "likely" and len(words) == 1 and MEDICAL.search(first) and first not in lists["any"]:
+        return None
     if first.islower() or len(first) > 2 and first.strip(",").isupper() and "," not in first:
         words = _lower_or_shouted(text, start, end, words, level)
         if not words:
@@ -253,7 +258,8 @@ def _level(
     "How sure a match makes us"
     if level == "kin":  # "my son Arjun" or "my husband, X, snores" names somebody; "my son, Severe pain" does not
         apposed = text[match.end():match.end() + 1] in tuple(",.;)")
-        level = "likely" if match["gap"].isspace() or apposed else "listed"
+        verb = match["value"].endswith(("ed", "ing"))  # "My dentist Advised it"
+        level = "likely" if (match["gap"].isspace() or apposed) and not verb else "listed"
     if level == "self":  # "I am Uzoma, 27" but not "I am diabetic, 27"
         given = match["value"].capitalize() in name_lists()["given"]
         level = "named" if given or capitals_tell and not DESCRIBES.search(match["value"]) else "listed"
