@@ -236,7 +236,8 @@ def names(
     words = set(re.findall(r"[^\W\d_]+", text.lower()))
     words |= {mark for mark, there in (("(", "(" in text), ("SHOUTED", CAPITALS.search(text))) if there}
     # People Who Write Like This give no sign by a capital
-    capitals_tell = len(runs) * 4 < text.count(" ") + 8
+    capitals = sum(len(run.group().split()) for run in runs)
+    capitals_tell = capitals < 6 or capitals * 2 < text.count(" ")
     for level, triggers, pattern in RULES:
         if triggers.isdisjoint(words):
             continue
