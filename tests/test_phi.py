@@ -102,7 +102,7 @@ KEPT = [
     "Parkinson's disease, Hodgkin's lymphoma, Addison disease, Down syndrome, Crohn's disease", "ICD-10 code, COVID-19, B12 200 pg/ml, L4-L5, T2DM for 10 years", "I may 2 times a day feel dizzy; the march of time",
     "Tab Crocin 650 mg and Augmentin 625 thrice daily", "platelets 150000-400000 per microlitre", "Serum Creatinine, 1, Total Cholesterol, 210, is high; Berlin's edema and Crohn's pain", "Only Avil gives me sleep. Radiologist said so. Biopsy showed nothing. The Ultrasound says normal", "my sister rose to leave, my son will rest", "Since 2015, aged 45, 3-4 years ago, 24/7, a 2-3 cm cyst, 1:80 titre", "trial NCT01234567, n=120, p=0.03, 95% CI 1.2-3.4",
     "I am Diabetic, 45, and my wife is Pregnant. My son is Hyperactive.", "i am worried, 22 and unmarried; im single 30 and i smoke", "Hello Doctor, My Period Was Due On Friday. I Took Postinor On The 14th Day", "My Friend Took Postinor And My Sister Took Zerodol On Sunday",
-    "Now it is Dumping Syndrome", "Apply Betadine, Neosporin or Soframycin", "my doctor in Chennai says I need a Doppler", "whether Metformin should be stopped; if Lipitor can harm",
+    "I eat Greek yogurt. Now Dumping Syndrome.", "Apply Betadine, Neosporin or Soframycin", "my doctor in Chennai says I need a Doppler", "whether Metformin should be stopped; if Lipitor can harm",
     "Crohn's pain, Baker's cyst, Athlete's foot, Mean age 56", "German measles and French fries; Burns heal slowly", "it showed Barrett oesophagus and an Anders reflex", "vision went from 20/25 to 20/30",
 ]
 
@@ -120,7 +120,8 @@ FOUND = {
     "seen by dr. patel on 4/5/2020": "seen by dr. [NAME] on [DATE]",
     "I am Will Turner, my son Mark is ill": "I am [NAME], my son [NAME] is ill",
     "hello doctor, my self anjali rao from pune, 27 yrs": "hello doctor, my self [NAME] from pune, 27 yrs",
-    "I fell on March 3rd, was seen in April 2019 and again on 4/5": "I fell on [DATE], was seen in [DATE] and again on [DATE]",
+    "I fell on March 3rd and was seen in April 2019": "I fell on [DATE] and was seen in [DATE]",
+    "It began on 4/5": "It began on [DATE]",
     "My GP, Alan Thwaite, saw Farouk's wife": "My GP, [NAME], saw [NAME]'s wife",
     "Dr. A. K. Srivastava and his nurse Ines": "Dr. [NAME] and his nurse [NAME]",
     "Thanks and regards\nHemalatha R": "Thanks and regards\n[NAME]",
