@@ -1,6 +1,7 @@
 """How long rows of HealthCareMagic shape take from JSON Lines to scrubbed, cleaned, split, tokenised and checked Arrow.
 
 python benchmarks/data_speed.py                    112,165 generated rows on two processes; writes benchmarks/results/data_speed.json
+python benchmarks/data_speed.py --rows 336495      three times the rows: time should grow three times, memory hardly
 python benchmarks/data_speed.py --rows 1121650     ten times the rows: memory should stay where it is
 python benchmarks/data_speed.py --leaks            with the near-duplicate search, which keeps the texts in memory: its price is shown apart
 python benchmarks/data_speed.py --compare          also the plain `datasets.map` way for the part both do (read, render, tokenise)

@@ -42,9 +42,9 @@ def test_epochs_and_seeds_differ():
 
 
 def test_long_batches_do_not_come_first():
-    lengths = list(range(1, 1001))
+    lengths = list(range(1, 401))  # as many as are sorted together
     order = length_grouped_order(lengths, 8, 0, 0)
-    firsts = [lengths[order[start]] for start in range(0, 1000, 8)]
+    firsts = [lengths[order[start]] for start in range(0, 400, 8)]
     assert firsts != sorted(firsts) and firsts != sorted(firsts, reverse=True)
     assert padding_share(lengths, order, 8) < 0.03
 

@@ -64,10 +64,10 @@ def test_kinds_are_right():
     assert len(wrong) <= 0.01 * sum(len(row["spans"]) for row in ROWS), wrong[:10]
 
 
-def by_hand():
-    "The messages of phi_names.txt by section: text and where its names stand, titles left out"
+def by_hand(file):
+    "The messages of a fixture by section: text and where its names stand, titles left out"
     sections = {}
-    for line in (FIXTURES / "phi_names.txt").read_text(encoding="utf-8").splitlines():
+    for line in (FIXTURES / file).read_text(encoding="utf-8").splitlines():
         if re.fullmatch(r"\[\w+\]", line):
             current = sections.setdefault(line.strip("[]"), [])
         elif line and not line.startswith("#"):
@@ -81,17 +81,19 @@ def by_hand():
     return sections
 
 
-# recall, and how the figure came about: only the first look at a section says anything about text that nobody here has seen
-@pytest.mark.parametrize("section, names, least", [("seen", 45, 0.95), ("unseen", 45, 0.95), ("fresh", 34, 0.8)])
-def test_names_in_text_that_no_generator_made(section, names, least):
-    found = total = 0
-    for text, places in by_hand()[section]:
-        spans = find_phi(text)
+# These hold what has been reached. Only `final` was never mended for; the notebook gives what each section first measured. `wrong`: spans that touch no name, brands and places among them
+@pytest.mark.parametrize("file, section, names, least, wrong", [
+    ("phi_names.txt", "seen", 45, 1, 0), ("phi_names.txt", "unseen", 45, 1, 0), ("phi_names.txt", "fresh", 34, 0.95, 0),
+    ("phi_messages.txt", "mended", 91, 0.98, 3), ("phi_messages.txt", "held", 85, 0.98, 2), ("phi_messages.txt", "last", 65, 0.98, 3), ("phi_messages.txt", "final", 48, 0.93, 0), ("phi_messages.txt", "nobody", 0, 1, 0)])
+def test_names_in_text_that_no_generator_made(file, section, names, least, wrong):
+    found = total = false = 0
+    for text, places in by_hand(file)[section]:
+        spans = [span for span in find_phi(text) if span.kind == "NAME"]
         covered = {place for span in spans for place in range(span.start, span.end)}
         total += len(places)
         found += sum(all(place in covered for place in range(start, end) if text[place].isalnum()) for start, end in places)
-        assert all(any(span.start < end and span.end > start for start, end in places) for span in spans), text  # nothing else is taken out
-    assert total == names and found / total >= least, (found, total)
+        false += sum(not any(span.start < end and span.end > start for start, end in places) for span in spans)
+    assert total == names and found >= least * total and false <= wrong, (found, total, false)
 
 
 KEPT = [
@@ -99,6 +101,9 @@ KEPT = [
     "G2P1 at 12 weeks, beta hCG 25000 mIU/ml", "power 4/5, reflexes 2+, GCS 15/15, visual acuity 20/20", "CD4 350, viral load 100000 copies/ml, HLA-B27 negative",
     "Parkinson's disease, Hodgkin's lymphoma, Addison disease, Down syndrome, Crohn's disease", "ICD-10 code, COVID-19, B12 200 pg/ml, L4-L5, T2DM for 10 years", "I may 2 times a day feel dizzy; the march of time",
     "Tab Crocin 650 mg and Augmentin 625 thrice daily", "platelets 150000-400000 per microlitre", "Serum Creatinine, 1, Total Cholesterol, 210, is high; Berlin's edema and Crohn's pain", "Only Avil gives me sleep. Radiologist said so. Biopsy showed nothing. The Ultrasound says normal", "my sister rose to leave, my son will rest", "Since 2015, aged 45, 3-4 years ago, 24/7, a 2-3 cm cyst, 1:80 titre", "trial NCT01234567, n=120, p=0.03, 95% CI 1.2-3.4",
+    "I am Diabetic, 45, and my wife is Pregnant. My son is Hyperactive.", "i am worried, 22 and unmarried; im single 30 and i smoke", "Hello Doctor, My Period Was Due On Friday. I Took Postinor On The 14th Day", "My Friend Took Postinor And My Sister Took Zerodol On Sunday",
+    "I eat Greek yogurt. Now Dumping Syndrome.", "Apply Betadine, Neosporin or Soframycin", "my doctor in Chennai says I need a Doppler", "whether Metformin should be stopped; if Lipitor can harm",
+    "Crohn's pain, Baker's cyst, Athlete's foot, Mean age 56", "German measles and French fries; Burns heal slowly", "it showed Barrett oesophagus and an Anders reflex", "vision went from 20/25 to 20/30",
 ]
 
 
@@ -114,6 +119,15 @@ FOUND = {
     "john dot doe at gmail dot com": "john dot [EMAIL]",
     "seen by dr. patel on 4/5/2020": "seen by dr. [NAME] on [DATE]",
     "I am Will Turner, my son Mark is ill": "I am [NAME], my son [NAME] is ill",
+    "hello doctor, my self anjali rao from pune, 27 yrs": "hello doctor, my self [NAME] from pune, 27 yrs",
+    "I fell on March 3rd and was seen in April 2019": "I fell on [DATE] and was seen in [DATE]",
+    "It began on 4/5": "It began on [DATE]",
+    "My GP, Alan Thwaite, saw Farouk's wife": "My GP, [NAME], saw [NAME]'s wife",
+    "Dr. A. K. Srivastava and his nurse Ines": "Dr. [NAME] and his nurse [NAME]",
+    "Thanks and regards\nHemalatha R": "Thanks and regards\n[NAME]",
+    "B/o Sunita, w/o Md. Aslam, 33/F": "B/o [NAME], w/o [NAME], 33/F",
+    "My lab sheet: RAO, Chinyere; sodium 129": "My lab sheet: [NAME]; sodium 129",
+    "Wambui, you should rest. Does Yusra need a scan?": "[NAME], you should rest. Does [NAME] need a scan?",
     "Reach us: +1 (555) 123-4567 ext 89.": "Reach us: [PHONE].",
 }
 
@@ -146,7 +160,7 @@ def test_real_rows_lose_no_clinical_number(shape):
     assert lost <= 0.005 * numbers + 1, (lost, numbers)
 
 
-@pytest.mark.parametrize("text", ["a" * 200_000, "1-" * 50_000, "A. " * 50_000, "Call " + "1 " * 50_000, "John " * 20_000, "12 Oak " * 20_000, "x@" * 50_000])
+@pytest.mark.parametrize("text", ["a" * 200_000, "1-" * 50_000, "A. " * 50_000, "Call " + "1 " * 50_000, "John " * 20_000, "12 Oak " * 20_000, "x@" * 50_000, "John " * 20_000 + "sir s/o d/o", "1" + "a" * 100_000 + "1 MRN", "my son is (" + "A" * 100_000, "Thanks " + "anna " * 20_000])
 @pytest.mark.timeout(60)
 def test_no_text_takes_forever(text):
     find_phi(text)

@@ -76,6 +76,8 @@ def test_named_test_set_is_exactly_that():
     assert 50 < len(splits["validation"]) < 160
     everything = split_examples(ROWS, named={"validation": ["r900"], "test": ["r1"]})
     assert (len(everything["train"]), len(everything["validation"]), len(everything["test"])) == (998, 1, 1)
+    with pytest.raises(UsageError, match="'r1'.* into both validation and test"):
+        split_examples(ROWS, named={"validation": ["r900", "r1"], "test": ["r1"]})
 
 
 def test_too_few_rows():

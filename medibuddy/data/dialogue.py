@@ -17,14 +17,14 @@ __all__ = ['GREETING', 'SIGN_OFF', 'HEADINGS', 'HEADING', 'DIALOGUES', 'without_
 
 # %% ../../nbs/api/12b_dialogue.ipynb #91d96cc2
 GREETING = re.compile(
-    r"\A\s*(?:(?:hi|hello|hey|dear|good (?:morning|afternoon|evening|day)|greetings|namaste|welcome|respected)\b(?: (?:there|sir|madam|doctor|dr|friend|user|dear|patient|again|ma'?am|to (?:chat ?doctor|health ?care ?magic|hcm)))*(?:\s*\[NAME\])?|"
+    r"\A\s*(?:(?:hi|hello|hey|dear|good (?:morning|afternoon|evening|day)|greetings|namaste|welcome|respected)\b(?: (?:there|sir|madam|doctor|dr|friend|user|dear|patient|again|ma'?am|to (?:chat ?doctor|health ?care ?magic|hcm)))*(?:\s*(?:(?:mr|mrs|ms|miss|mam|dr)\b\.?\s*)?\[NAME\])?|"
     r"(?:thanks?(?: you)?|thank you (?:so|very) much|many thanks) (?:for|to) [^.!?,\n]{0,80}\b(?:query|question|writing|posting|contacting|consulting|asking|using|trust|sharing|concern|choosing|chat ?doctor|health ?care ?magic|hcm)\b[^.!?,\n]{0,60}|"
     r"(?:i (?:have )?(?:read|gone through|understand|reviewed|understood|went through)) (?:through )?your (?:query|question|complaints?|concerns?|details|history|message)[^.!?,\n]{0,60}|i am (?:dr|doctor)\b\.?\s*(?:\[NAME\]|chat ?doctor)[^.!?\n]{0,40}|(?:i will|let me) (?:try|be happy|be glad)[^.!?\n]{0,40}(?:help|answer|assist|suggest)[^.!?\n]{0,40})(?:\s*[.,!?]+|\s*\n|\s*\Z)\s*", re.IGNORECASE)
 SIGN_OFF = re.compile(
     r"(?:(?<=[.!?,\n])|(?<=[.!?,] ))\s*(?:(?:i )?hope (?:i have|this|that|it|my)[^.!?\n]{0,80}(?:helps?|helped|helpful|answered|answers?|query|question|concern|useful|information)[^.!?\n]{0,60}|"
     r"(?:please )?(?:let me know|feel free|do not hesitate|don'?t hesitate|revert|write back|get back)\b[^.!?\n]{0,60}(?:assist|help|questions?|quer(?:y|ies)|doubts?|ask|contact|concerns?|back|me)[^.!?\n]{0,40}|"
     r"(?:i )?wish(?:ing)? you[^.!?\n]{0,60}|(?:get well soon|take care|all the best|best wishes|have a (?:nice|good|great|healthy) [^.!?\n]{0,30}|good luck|thank you|thanks|many thanks)[^.!?\n]{0,30}|"
-    r"(?:(?:kind |warm |best )?regards|sincerely|yours (?:truly|sincerely))\b[^!?\n]{0,60}|(?:dr\.?\s*)?(?:\[NAME\]|chat ?doctor)[^!?\n]{0,50})\s*[.,!]*\s*\Z", re.IGNORECASE)
+    r"(?:(?:kind |warm |best )?regards|sincerely|yours (?:truly|sincerely))\b[^!?\n]{0,60}|(?:[-–~]\s*)?(?:dr\.?\s*)?(?:\[NAME\]|chat ?doctor)[^!?\n]{0,50}(?:\n[^.!?\n]{1,60}){0,2})\s*[.,!]*\s*\Z", re.IGNORECASE)
 
 
 def without_courtesies(

@@ -8,18 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
-import medibuddy
+from .names import names
 
 # %% auto #0
-__all__ = ['EMAIL', 'RECORD_CUE', 'RECORD_FORM', 'MONTH', 'DAY', 'YEAR', 'UNIT', 'DATE', 'SHORT_DATE', 'PHONE', 'PHONE_CUE',
-           'STREET', 'PLACE', 'POSTCODE', 'UNIT_NUMBER', 'ADDRESS', 'ADDRESS_CUE', 'NOT_NAMES', 'EPONYM', 'LATIN',
-           'UPPER', 'LOWER', 'NAME_WORD', 'NAME_RUN', 'KIN', 'INITIALS', 'TITLED', 'CUED', 'INTRODUCED', 'AND_MORE',
-           'BRACKETED', 'GREETED', 'KIN_NAMED', 'SIGNATURE', 'AGE', 'FOLLOWED', 'SAID', 'ASKED', 'SHOUTED', 'WHISPERED',
-           'BARE', 'DIGIT', 'RECOGNISERS', 'Span', 'Scrubbed', 'records', 'dates', 'phones', 'addresses', 'name_lists',
-           'names', 'find_phi', 'scrub_phi']
+__all__ = ['EMAIL', 'RECORD_CUE', 'RECORD_FORM', 'FOUR_DIGITS', 'MONTH', 'DAY', 'YEAR', 'UNIT', 'DATE', 'SHORT_DATE', 'MONTHS',
+           'PARTED', 'DIGIT', 'PHONE', 'PHONE_CUE', 'STREET', 'PLACE', 'POSTCODE', 'UNIT_NUMBER', 'NUMBERED', 'HOUSE',
+           'ABROAD', 'NUMBER_AND_CAPITAL', 'ADDRESS_CUE', 'RECOGNISERS', 'Span', 'Scrubbed', 'records', 'dates',
+           'phones', 'addresses', 'find_phi', 'scrub_phi']
 
 # %% ../../nbs/api/12a_phi.ipynb #5efa3539
 @dataclass(frozen=True)
@@ -45,11 +41,15 @@ RECORD_CUE = re.compile(
     r"(?:(?:no|nr|num|number|id|#|identifier|identification)\b\.?\s*)*(?:is|was|:|#|-|=|of)?\s*#?\s*(?P<value>(?=[A-Z0-9/-]*\d)[A-Z]{0,5}[-/]?\d[A-Z0-9]*(?:[-/ ]?[A-Z0-9]*\d[A-Z0-9]*){0,4})", re.IGNORECASE)
 RECORD_FORM = re.compile(r"\b\d{3}-\d{2}-\d{4}\b|\b(?!NCT|PMID|ISRCTN|DOI|ICD|GRCH)[A-Z]{2,4}[-/ ]?\d{6,12}[A-Z]?\b|\b(?!NCT)[A-Z]{1,3}-\d{2,4}-\d{3,8}\b")
 
+FOUR_DIGITS = re.compile(r"\d(?:[A-Z]{0,20}[-/ ]?[A-Z]{0,20}\d){3}", re.IGNORECASE)  # as close together as in a record number
+
 
 def records(
     text: str,  # any text
 ) -> Iterator[Span]:
     "Numbers that identify a patient: by the word before them or by a form that nothing clinical has"
+    if not FOUR_DIGITS.search(text):  # most texts, and quicker to see than to search for cues
+        return
     for match in RECORD_CUE.finditer(text):
         digits = sum(character.isdigit() for character in match["value"])
         named = re.search(r"\b(?:no|nr|num|number|id|identifier|MRN|UHID|SSN)\b|#|:", match.group()[:match.start("value") - match.start()], re.IGNORECASE)
@@ -69,11 +69,17 @@ DATE = re.compile(
     rf"\b{DAY}(?:\s+of)?[\s-]{MONTH}(?:,?[\s-]+(?:{YEAR}|'?\d\d)\b)?|\b{MONTH}[\s-]+{DAY}\b(?!\s*(?:mg|mcg|ml|%|-))(?:,?[\s-]+{YEAR}\b)?|\b{MONTH},?[\s-]+(?:of\s+)?{YEAR}\b", re.IGNORECASE)
 SHORT_DATE = re.compile(r"\b(?:on|dated|date|dob|born|since|from|until|by)[:\s]+(?:the\s+)?(?P<value>(?:0?[1-9]|[12]\d|3[01])[/-](?:0?[1-9]|[12]\d|3[01]))\b(?![/\d.%-]|\s*(?:mm|pain|on|out|scale|vision|power|mg|days?|weeks?|times|hours?))", re.IGNORECASE)
 
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+PARTED = re.compile(r"\d[-/.]\d")
+
 
 def dates(
     text: str,  # any text
 ) -> Iterator[Span]:
     "Dates more precise than a year"
+    lower = text.lower()
+    if not PARTED.search(text) and not any(month in lower for month in MONTHS):
+        return
     for match in DATE.finditer(text):
         # "may" and "march" are verbs too: without a capital they need more than a bare day
         word = re.search("[A-Za-z]{3,}", match.group())
@@ -86,6 +92,7 @@ def dates(
             yield Span(match.start("value"), match.end("value"), "DATE")
 
 # %% ../../nbs/api/12a_phi.ipynb #ed344f6a
+DIGIT = re.compile(r"\d")
 PHONE = re.compile(
     r"(?<![\w./-])(?:"
     r"\+\d{1,3}[\s.-]?(?:\(0?\d{1,4}\)[\s.-]?)?\d{1,5}(?:[\s.-]?\d{2,5}){1,4}|"
@@ -98,6 +105,8 @@ def phones(
     text: str,  # any text
 ) -> Iterator[Span]:
     "Telephone numbers"
+    if len(DIGIT.findall(text)) < 7:
+        return
     for match in PHONE.finditer(text):
         if not UNIT.match(text, match.end()):
             yield Span(match.start(), match.end(), "PHONE")
@@ -110,10 +119,10 @@ STREET = r"(?:Street|St|Avenue|Ave|Road|Rd|Lane|Ln|Drive|Dr|Boulevard|Blvd|Court
 PLACE = r"(?:,\s*[A-Z][a-zà-ÿ'’-]+(?:\s[A-Z][a-zà-ÿ'’-]+){0,2}(?![\w]))"
 POSTCODE = r"(?:,?\s*(?:[A-Z]{2}\s+)?\d{5}(?:-\d{4})?\b|,?\s*[A-Z]{1,2}\d[A-Z\d]?\s*\d[A-Z]{2}\b|,?\s*-?\s*\d{6}\b|,?\s*[A-Z]{2}\b(?=[.,\s]|$))"
 UNIT_NUMBER = r"(?:,?\s*(?:Apt|Apartment|Unit|Suite|Ste|Flat|Floor|Room|#)\.?\s*#?\w{1,5})"
-ADDRESS = re.compile(
-    rf"(?:(?:Flat|Apt|Apartment|Unit|Suite|House|Plot|H)\.?\s*(?:No\.?|number)?\s*#?\d+\w?,?\s*)?\b\d{{1,6}}[A-Za-z]?,?\s+(?:(?:North|South|East|West|N|S|E|W|NE|NW|SE|SW)\.?\s+)?(?:(?:[A-Z][\w'’.-]*|\d+(?:st|nd|rd|th))\s+){{1,4}}{STREET}\b\.?{UNIT_NUMBER}?{PLACE}{{0,3}}{POSTCODE}?|"
-    rf"\b(?:House|Flat|Plot|H|Door)\.?\s*(?:No\.?|Number)?[\s:#.-]*\d+[\w/-]*,\s*[A-Z][\w ]+{PLACE}{{0,3}}{POSTCODE}?|\bP\.?\s?O\.?\s?Box\s+\d+{PLACE}{{0,3}}{POSTCODE}?|"
-    rf"\b[A-Z]?[a-zäöüß]+(?:straße|strasse|weg|platz|gasse)\s+\d+\w?(?:,?\s+\d{{5}}\s+[A-ZÄÖÜ][a-zäöüß]+)?|\b(?:rue|avenue|calle|via)\s+(?:[A-Za-zÀ-ÿ]+\s){{1,4}}\d+\b")
+NUMBERED = re.compile(rf"(?:(?:Flat|Apt|Apartment|Unit|Suite|House|Plot|H)\.?\s*(?:No\.?|number)?\s*#?\d+\w?,?\s*)?\b\d{{1,6}}[A-Za-z]?,?\s+(?:(?:North|South|East|West|N|S|E|W|NE|NW|SE|SW)\.?\s+)?(?:(?:[A-Z][\w'’.-]*|\d+(?:st|nd|rd|th))\s+){{1,4}}{STREET}\b\.?{UNIT_NUMBER}?{PLACE}{{0,3}}{POSTCODE}?")
+HOUSE = re.compile(rf"\b(?:House|Flat|Plot|H|Door)\.?\s*(?:No\.?|Number)?[\s:#.-]*\d+[\w/-]*,\s*[A-Z][\w ]+{PLACE}{{0,3}}{POSTCODE}?|\bP\.?\s?O\.?\s?Box\s+\d+{PLACE}{{0,3}}{POSTCODE}?")
+ABROAD = re.compile(r"\b[A-Z]?[a-zäöüß]+(?:straße|strasse|weg|platz|gasse)\s+\d+\w?(?:,?\s+\d{5}\s+[A-ZÄÖÜ][a-zäöüß]+)?|\b(?:rue|avenue|calle|via)\s+(?:[A-Za-zÀ-ÿ]+\s){1,4}\d+\b")
+NUMBER_AND_CAPITAL = re.compile(r"\d[A-Za-z]?,?\s+[A-Z\d]")
 ADDRESS_CUE = re.compile(rf"\b(?:(?:live|lives|living|reside|resides|residing|stay|staying) (?:at|on)|(?:my |our |home |his |her |mailing )?address(?: is|:))\s*(?P<value>\d+[^.?!\n]{{5,80}}?\b{STREET}\b[^.?!\n;]{{0,60}}?)(?=\s+(?:and|but|with|for|since|where|who|which|I)\b|[.?!;\n]|$)", re.IGNORECASE)
 
 
@@ -121,163 +130,17 @@ def addresses(
     text: str,  # any text
 ) -> Iterator[Span]:
     "Street addresses, with town and postcode where they follow"
-    for match in ADDRESS.finditer(text):
-        yield Span(match.start(), match.end(), "ADDRESS")
-    for match in ADDRESS_CUE.finditer(text):
+    # what each form cannot do without is quicker to look for than the form
+    forms = ((NUMBERED, NUMBER_AND_CAPITAL.search(text)), (HOUSE, any(word in text for word in ("House", "Flat", "Plot", "Door", "Box", "H"))),
+             (ABROAD, any(word in text for word in ("straße", "strasse", "weg", "platz", "gasse", "rue", "avenue", "calle", "via"))))
+    for form, possible in forms:
+        for match in form.finditer(text) if possible else ():
+            yield Span(match.start(), match.end(), "ADDRESS")
+    for match in ADDRESS_CUE.finditer(text) if any(word in text.lower() for word in ("address", "liv", "resid", "stay")) else ():
         yield Span(match.start("value"), match.end("value"), "ADDRESS")
 
-# %% ../../nbs/api/12a_phi.ipynb #068af289
-NOT_NAMES = frozenset("""
-I Me My We Our You Your He She It Its They Them The A An This That These Those There Here Is Are Was Were Be Been Am Has Have Had Do Does Did Can Could Will Would Shall Should May Might Must
-Not No Yes And Or But If So As At By For From In Into Of On To With Without About After Before Since Until When Where Why How What Which Who Whom Whose While During Then Than Also Only Just Now Today Yesterday Tomorrow
-Please Thank Thanks Hello Hi Hey Dear Regards Sincerely Welcome Sorry Kindly Good Morning Evening Afternoon Night Sir Madam Maam Mam Doctor Doctors Doc Dr Mr Mrs Ms Miss Prof Nurse Sister Patient Patients Team Everyone All User Customer Friend Chat Health Care
-Mom Mum Dad Mother Father Wife Husband Son Daughter Brother Baby Child Age Aged Male Female Man Woman Boy Girl Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April June July August September October November December
-Blood Pressure Sugar Heart Rate Pulse Pain Fever Cough Chest Head Back Left Right Upper Lower Acute Chronic Severe Mild Type Stage Grade Vitamin Tab Tablet Cap Syrup Injection Test Tests Scan Report Reports Result Results Normal Positive Negative Diagnosis Treatment History Medical Hospital Clinic Emergency
-ECG EKG MRI CT USG HIV TB BP ICU ER OPD ENT IVF Day Days Week Weeks Month Months Year Years Practitioner Physician Surgeon Specialist Ultrasound Biopsy Endoscopy Radiologist Google Internet Label Leaflet Website Hope Wish Take Let Any Some Many Much More Most Very Every Each Other Another Both Either Neither Because However Therefore Although Though Even Still Yet Again Ever Never Always Often
-Looking Having Feeling Getting Going Taking Suffering Waiting Given Seen Tell Know Think Need Want Like See Go Get Got Give North South East West Northern Southern Candida Los Council Okay Ok Oh Well Sure Right Consult Avoid Use Drink Eat Sleep Try Start Stop Keep Make Ask Check First Second Third Last Next Once Two Three Four Five One
-""".split())
-EPONYM = re.compile(r"(?:['’]s?)?(?:[\s-]+[a-z-]+)?[\s-]+(?:diseases?|syndromes?|signs?|tests?|pals(?:y|ies)|lymphomas?|scores?|scales?|criteria|criterion|reflex|thyroiditis|ulcers?|tumou?rs?|sarcomas?|catheters?|tubes?|fractures?|contractures?|reactions?|stains?|virus|class|classification|index|man(?:oeu|eu)ver|law|formula|nodes?|o?esophagus|ana?emia|chorea|phenomen\w+|triad|procedure|operation|technique|lines?|bod(?:y|ies)|cells?|organisms?|disorder|granulomatosis|ataxia|dystrophy|nephropathy|crisis|paralysis|angina|pouch|ligament|canal|monitor|fundoplication|equation|probe|ultrasound|o?edema|arthropathy|encephalopathy|vaccine|kappa|type)\b")
-LATIN = [chr(code) for code in (*range(0x41, 0x250), *range(0x1E00, 0x1F00))]  # with the letters of Vietnamese, Turkish, Polish, Icelandic, ...
-UPPER, LOWER = ("".join(letter for letter in LATIN if test(letter)) for test in (str.isupper, str.islower))
-NAME_WORD = rf"(?:[OD]['’])?[{UPPER}][{LOWER}]+(?:['’-](?!s\b)[{UPPER}]?[{LOWER}]+|[{UPPER}][{LOWER}]+)*"
-NAME_RUN = rf"{NAME_WORD}(?:\s+(?:[A-Z]\.?\s+)?(?:(?:de|da|dos|del|van|von|der|den|bin|binti|al|el|la|le|du|ap|ab|ben|ibn|te|ter|ten|af|y)\s+)*{NAME_WORD})*"
-KIN = r"(?:son|daughter|wife|husband|mother|father|mom|mum|dad|brother|sister|uncle|aunt(?:ie|y)?|niece|nephew|cousin|friend|partner|baby|babies|twins?|girls?|boys?|kids?|child|children|little (?:one|boy|girl)|grand(?:son|mother|father|daughter|ma|pa)|(?:boy|girl)friend|fianc[eé]e?|colleague|neighbou?r|(?:flat|room|house|class)?mate|pal|boss|carer|care ?giver|helper|nanny|maid|midwife|physio(?:therapist)?|therapist|dentist|consultant|pharmacist)"
-INITIALS = r"(?:[A-Z]\.\s?){1,3}"
-TITLED = re.compile(rf"\b(?:[Dd]r|DR|[Mm]rs?|MRS?|[Mm]s|MS|[Pp]rof|[Pp]rofessor|Shri|Smt)\b\.?\s+(?P<value>(?:{INITIALS})?{NAME_RUN}|[A-Z]{{3,}}(?:\s+[A-Z]{{3,}})*|[a-z]{{3,}}(?:\s+[a-z]{{3,}})?)")
-CUED = re.compile(rf"\b(?:[Nn]ame(?: of (?:the )?patient)?(?:\s+is|['’]s|\s*:)|NAME\s*:|(?:am|son|daughter|friend|man|woman|boy|girl|doctor|nurse|someone|lady|guy|colleague|baby|kid|child) (?:called|named)|[Rr]egards|[Ss]incerely|[Ss]igned(?: by)?|[Yy]ours(?: truly| faithfully| sincerely)?|[Cc]heers(?=,)|[Bb]est(?: wishes)?(?=,)|[Ll]ove(?=,))[,:]?\s+(?P<value>(?:{INITIALS})?{NAME_RUN}|[a-z]{{3,}}(?:\s+[a-z]{{3,}})?|[A-Z]{{3,}}(?:\s+[A-Z]{{3,}})*)")
-INTRODUCED = re.compile(rf"\b(?:(?P<person>[Tt]his is|(?:[Mm]y|[Hh]is|[Hh]er|[Oo]ur|[Tt]heir)\s+(?:[\w'’-]+\s+|\w+-){{0,3}}?{KIN}|[Tt]he (?:midwife|physio|carer|dentist|therapist|pharmacist)|(?:[Ff]ather|[Mm]other|[Pp]arents?|[Mm](?:um|om)|[Dd]ad|[Ww]ife|[Hh]usband|[Ss]on|[Dd]aughter) of|(?:[Hh]e|[Ss]he|[Ww]ho|[Tt]hey) (?:is|are|was) called|[Cc]all(?:s|ed)? (?:him|her|me)|[Gg]oes by|[Gg]rand(?:ma|pa|dad)|[Gg]ranny|Nurse|Sister|Midwife|Matron|[Ss]een by|[Rr]eferred by|[Ss]poke (?:to|with)|[Dd]ear)|I am|I['’]m|[Hh]i|[Hh]ello|[Hh]ey|[Tt]hanks|[Tt]hank you|[Pp]atient(?!:)|[Dd]octor(?!:)|[Ss]ister|[Nn]urse|[Uu]ncle|[Aa]unt(?:ie|y)?|[Uu]nder)(?P<gap>[,:]?\s+)(?P<value>(?:{INITIALS})?{NAME_RUN})")
-AND_MORE = re.compile(rf"\s+(?:and|&)\s+({NAME_RUN})")
-BRACKETED = re.compile(rf"\b{KIN}\s*\((?P<value>{NAME_RUN})\)")
-GREETED = re.compile(rf"\b(?:[Hh]i|[Hh]ello|[Hh]ey|[Dd]ear)\s+(?P<value>{NAME_WORD})(?=,|\n)")
-KIN_NAMED = re.compile(rf"\b(?:my|his|her|our)\s+(?:\w+\s+)?{KIN},?\s+(?P<value>[a-z]{{4,}})\b")
-SIGNATURE = re.compile(rf"(?:[.!?]\s+|\n\s*)(?P<value>{NAME_WORD}\s+{NAME_RUN})\s*\Z")
-AGE = r",?\s+aged?\s+\d{1,3}\b|,\s*\d{1,2},?\s+(?:years?|yrs?|male|female|man|woman|boy|girl|diabetic|smoker|needs?|asks?|wants|who|has|had|and (?:I|my))\b"
-# what is said of people, and of little else
-FOLLOWED = re.compile(rf"\s+\((?:my|our|his|her)\s+(?:\w+\s)?{KIN}\b|(?:{AGE})|\s+here\b(?=[,.!]|\s+again)|\s+aunt(?:y|ie)?\b|\s+and I\b|\s+again about\b|['’]s\s+(?:fever|temperature|blood pressure|BP|sugar|weight|pulse|iron|PSA|ha?emoglobin|appetite|mother|father|parents|doctor|school)\b")
-SAID = re.compile(r"\s+(?:says|said|thinks|told (?:me|us|him|her)|asked (?:me|us|for|if|whether)|wants|drinks|sleeps|weighs|phoned|rang|cries|refuses|snores|complains|lent|coughs|vomits)\b")
-ASKED = re.compile(r"\s+(?:fast|eat|go|sleep|travel|fly|drink|exercise|still|safely|have (?:the|a|this))\b")
-SHOUTED = re.compile(rf"(?:\A|(?<=[.!?\n]))\s*(?P<value>[{UPPER}]{{2,}}(?:[\s-][{UPPER}]{{2,}}){{1,3}})(?={AGE})")
-WHISPERED = re.compile(r"\A\s*(?:hi|hello|hey)\b[ \w]{0,8},?\s+(?:(?P<value>[a-z]{3,12})(?=\s+here\b)|(?:it['’]?s|this is)\s+(?P<other>(?!urgent|important|about|regarding|been|very|really|just|for|the|not)[a-z]{3,12})(?=,))", re.IGNORECASE)
-BARE = re.compile(rf"(?<![\w-])(?:{INITIALS}{NAME_WORD}|{NAME_RUN})")
-
-# %% ../../nbs/api/12a_phi.ipynb #3a8ff169
-@lru_cache(1)
-def name_lists() -> dict[str, frozenset[str]]:  # "given", "ambiguous" (given, but ordinary words too), "family"; "first" and "any" join them
-    "The names that ship with the package"
-    lists: dict[str, list[str]] = {}
-    for line in (Path(medibuddy.__file__).parent / "data" / "names.txt").read_text(encoding="utf-8").splitlines():
-        if line.startswith("["):
-            current = lists.setdefault(line.strip("[]"), [])
-        elif not line.startswith("#"):
-            current += line.split()
-    known = {kind: frozenset(names) for kind, names in lists.items()}
-    return known | {"first": known["given"] | known["ambiguous"], "any": known["given"] | known["ambiguous"] | known["family"]}
-
-# %% ../../nbs/api/12a_phi.ipynb #3877badc
-def _trim(
-    text: str,  # the text
-    start: int,  # where a run of capitalised words begins
-    end: int,  # where it ends
-    known: str,  # "sure" or "likely" (any word), "listed" (a word of the lists) or "bare" (a given name)
-) -> Span | None:
-    "The part of a run that is a name"
-    words = list(re.finditer(r"[^\s.]+\.?", text[start:end]))
-    lists = name_lists()
-    whole = len(words) > 1 and words[0].group() in lists["ambiguous"] and words[1].group() in lists["family"]  # "Will Turner"
-    while words and not whole and (words[0].group().strip(".").capitalize() in NOT_NAMES and known != "sure" or words[0].group() in NOT_NAMES):
-        words.pop(0)
-    stop = next((number for number, word in enumerate(words) if word.group() in NOT_NAMES and not (whole and number == 0)), len(words))
-    words = words[:stop]
-    if not words:
-        return None
-    if known == "bare" and words[0].group() not in lists["given"]:
-        initials = "." in words[0].group()
-        if len(words) < 2 or not (initials or words[0].group() in lists["ambiguous"]) or words[-1].group() not in lists["family"]:
-            return None
-    if known == "listed" and not any(word.group() in lists["any"] for word in words):
-        return None
-    if words[0].group().islower() or words[0].group().isupper():  # lower-case or shouted words must be known names
-        listed = [word for word in words if word.group().capitalize() in lists["any"] and word.group().capitalize() not in NOT_NAMES]
-        if not listed or listed[0] is not words[0]:
-            return None
-        words = words[:2] if len(words) > 1 and words[1] in listed else words[:1]
-    span = Span(start + words[0].start(), start + words[-1].end() - (words[-1].group().endswith(".") and len(words[-1].group()) > 2), "NAME")
-    # "Bell's palsy" is no patient; after a title or a cue only a possessive says so
-    eponym = known != "sure" and EPONYM.match(text, span.end) or known == "sure" and re.match(r"['’]s\s+(?:disease|syndrome|sign)", text[span.end:])
-    return None if eponym else span
-
-# %% ../../nbs/api/12a_phi.ipynb #a7c65fbf
-def names(
-    text: str,  # any text
-) -> Iterator[Span]:
-    "Names of people"
-    for pattern in (TITLED, CUED, INTRODUCED):
-        for match in pattern.finditer(text):
-            known = "sure"
-            if pattern is INTRODUCED:  # "my son Arjun" or a signature names somebody; "Hi, Severe pain" only starts a sentence
-                apposed = text[match.end():match.end() + 1] == ","  # "my husband, X, snores"
-                known = "likely" if (match["person"] and (match["gap"].isspace() or apposed)) or "\n" in match["gap"] else "listed"
-            if span := _trim(text, match.start("value"), match.end("value"), known):
-                yield span
-                if more := AND_MORE.match(text, span.end):  # "our twins, Ilse and Maarten"
-                    yield from filter(None, [_trim(text, more.start(1), more.end(1), "likely")])
-    yield from _by_what_is_said(text)
-    possible = name_lists()["first"]
-    for match in BARE.finditer(text):
-        if _spoken_of(text, match) and (span := _trim(text, match.start(), match.end(), "likely")):
-            yield span
-            continue
-        if "." not in match.group() and possible.isdisjoint(match.group().split()):
-            continue  # most capitalised words
-        for start in _given_names(match.group(), match.start()):
-            if span := _trim(text, start, match.end(), "bare"):
-                yield span
-                break
-
-# %% ../../nbs/api/12a_phi.ipynb #c9d831a9
-def _by_what_is_said(
-    text: str,  # any text
-) -> Iterator[Span]:
-    "Names by their place: in brackets behind a relation, under a letter, shouted before an age, whispered in a greeting"
-    for pattern in (BRACKETED, GREETED, SIGNATURE):
-        for match in pattern.finditer(text):
-            if span := _trim(text, match.start("value"), match.end("value"), "likely"):
-                yield span
-    for match in KIN_NAMED.finditer(text):  # "my sister anjali", but not "my sister rose to leave"
-        if match["value"].capitalize() in name_lists()["given"]:
-            yield Span(match.start("value"), match.end("value"), "NAME")
-    for match in SHOUTED.finditer(text):
-        yield Span(match.start("value"), match.end("value"), "NAME")
-    if match := WHISPERED.match(text):
-        group = "value" if match["value"] else "other"
-        if match[group].capitalize() not in NOT_NAMES:
-            yield Span(match.start(group), match.end(group), "NAME")
-
-
-def _spoken_of(
-    text: str,  # the text
-    match: re.Match,  # a run of capitalised words in it
-) -> bool:
-    "Whether what follows a run is said of people only"
-    if FOLLOWED.match(text, match.end()):
-        return True
-    if SAID.match(text, match.end()):  # a sentence starts with a capital whatever its first word is
-        before = text[max(0, match.start() - 8):match.start()].rstrip(" \t\"'(")
-        return bool(before) and before[-1] not in ".!?\n:;"
-    first, *more = match.group().split()
-    return bool(more) and first in ("Should", "Can", "Could", "May", "Will", "Does", "Is") and ASKED.match(text, match.end()) is not None
-
-
-def _given_names(
-    run: str,  # a run of capitalised words
-    offset: int,  # where it stands
-) -> list[int]:  # where a name may begin in it
-    "Starts of words of a run"
-    return [offset + match.start() for match in re.finditer(r"(?<!\S)\S", run)][:4]
-
 # %% ../../nbs/api/12a_phi.ipynb #974d8464
-DIGIT = re.compile(r"\d")
-RECOGNISERS = {"EMAIL": lambda text: (Span(match.start(), match.end(), "EMAIL") for match in EMAIL.finditer(text)), "RECORD": records, "ADDRESS": addresses, "DATE": dates, "PHONE": phones, "NAME": names}
+RECOGNISERS = {"EMAIL": lambda text: (Span(match.start(), match.end(), "EMAIL") for match in EMAIL.finditer(text)), "RECORD": records, "ADDRESS": addresses, "DATE": dates, "PHONE": phones, "NAME": lambda text: (Span(start, end, "NAME") for start, end in names(text))}
 
 
 def find_phi(
