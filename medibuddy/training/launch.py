@@ -105,7 +105,7 @@ def strategy_arguments(
         return arguments
     arguments |= {"ddp_find_unused_parameters": False, "average_tokens_across_devices": True}
     if launch.kind.startswith("zero"):
-        arguments["deepspeed"] = str(CONFIGURATIONS / f"{launch.kind}.json")
+        arguments |= {"deepspeed": str(CONFIGURATIONS / f"{launch.kind}.json"), "use_cpu": False}  # DeepSpeed finds its devices itself
     if launch.kind.startswith("fsdp"):
         arguments |= {"fsdp": True, "fsdp_config": read_json(CONFIGURATIONS / f"{launch.kind}.json") | {"transformer_layer_cls_to_wrap": [layer]}}
     return arguments
