@@ -108,6 +108,8 @@ def strategy_arguments(
         arguments |= {"deepspeed": str(CONFIGURATIONS / f"{launch.kind}.json"), "use_cpu": False}  # DeepSpeed finds its devices itself
     if launch.kind.startswith("fsdp"):
         arguments |= {"fsdp": True, "fsdp_config": read_json(CONFIGURATIONS / f"{launch.kind}.json") | {"transformer_layer_cls_to_wrap": [layer]}}
+        # FSDP keeps embeddings and output head in one group, and waits for both to run; TRL's loss in pieces never calls the head
+        arguments["loss_type"] = "nll"
     return arguments
 
 # %% ../../nbs/api/33_launch.ipynb #f74e1762
@@ -188,7 +190,8 @@ def run_workers(
         write_json(run_dir / JOB, job | {"launch": asdict(launch)})
     environment = os.environ | {"MEDIBUDDY_LAUNCH": launch.kind}
     try:
-        process = subprocess.Popen(launch_command(launch, run_dir), env=environment, preexec_fn=die_with_parent if sys.platform == "linux" else None)
+        # to standard error: gloo speaks on standard output, which belongs to results
+        process = subprocess.Popen(launch_command(launch, run_dir), env=environment, stdout=2, preexec_fn=die_with_parent if sys.platform == "linux" else None)
         try:
             status = process.wait()
         except BaseException:
