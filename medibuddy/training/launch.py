@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,8 @@ def check_launch(
     require(model.backend != "unsloth" or launch.world == 1, "model.backend", "unsloth", f"Unsloth trains in one process; --launch {launch.kind} needs `model.backend=medibuddy` or `model.backend=peft`.")
     require(model.backend == "peft" or not divided, "model.backend", model.backend, f"--launch {launch.kind} divides the base weights, which the fused kernels read whole. Use `model.backend=peft`, or --launch ddp.")
     require(model.quantization is None or not divided, "model.quantization", model.quantization, f"--launch {launch.kind} divides the base weights, and packed ones cannot be. Use `model.quantization=null`, or --launch ddp.")
-    if "zero" in launch.kind:
-        from medibuddy.models.loaders import require_package
-
-        require_package("deepspeed", "--launch", launch.kind)
+    if "zero" in launch.kind and find_spec("deepspeed") is None:
+        raise UsageError(f"--launch {launch.kind} needs DeepSpeed, which is not installed here: pip install deepspeed. Or use --launch fsdp, which divides the same and needs nothing more.")
 
 # %% ../../nbs/api/33_launch.ipynb #29dc38eb
 def launched() -> Launch | None:  # None in a training of one process
