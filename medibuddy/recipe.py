@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'BACKENDS', 'PRECISIONS', 'QUANTIZATIONS', 'PROJECTIONS', 'BIASES', 'INITIALISATIONS', 'SCRUB',
-           'SCHEDULERS', 'BITSANDBYTES_OPTIMIZERS', 'OPTIMIZERS', 'TRACKERS', 'WANDB_MODES', 'SECTIONS', 'SECTION_OF',
-           'TRANSLATIONS', 'LEFT_OUT', 'nearest', 'require', 'ModelConfig', 'LoraConfig', 'SourceConfig',
-           'MixtureSource', 'DataConfig', 'TrainConfig', 'EvalConfig', 'TrackConfig', 'layer_numbers', 'convert_nested',
-           'convert_one', 'convert', 'check_combination', 'Recipe', 'build_section', 'recipe_from_dict', 'StrictLoader',
-           'read_recipe_file', 'translate', 'said_otherwise', 'find_recipe', 'apply_overrides', 'differences']
+           'SCHEDULERS', 'NEEDED_OPTIONS', 'BITSANDBYTES_OPTIMIZERS', 'OPTIMIZERS', 'TRACKERS', 'WANDB_MODES',
+           'SECTIONS', 'SECTION_OF', 'TRANSLATIONS', 'LEFT_OUT', 'nearest', 'require', 'ModelConfig', 'LoraConfig',
+           'SourceConfig', 'MixtureSource', 'DataConfig', 'TrainConfig', 'EvalConfig', 'TrackConfig', 'layer_numbers',
+           'convert_nested', 'convert_one', 'convert', 'check_combination', 'Recipe', 'build_section',
+           'recipe_from_dict', 'StrictLoader', 'read_recipe_file', 'translate', 'said_otherwise', 'find_recipe',
+           'apply_overrides', 'differences']
 
 # %% ../nbs/api/00_recipe.ipynb #324922c7
 import difflib
@@ -185,7 +186,8 @@ class DataConfig(SourceConfig):
         return self.sources or (MixtureSource(**{f.name: getattr(self, f.name) for f in fields(SourceConfig)}),)
 
 # %% ../nbs/api/00_recipe.ipynb #c9114601
-SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau")
+NEEDED_OPTIONS = {"cosine_with_min_lr": ("min_lr", "min_lr_rate"), "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"), "warmup_stable_decay": ("num_decay_steps",)}  # scheduler -> options of which it needs one
 BITSANDBYTES_OPTIMIZERS = (
     "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
     "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
@@ -204,6 +206,7 @@ class TrainConfig:
     gradient_checkpointing: bool | str | None = None  # recompute activations in the backward pass; "unsloth" also moves them to the host; None does it on a GPU only
     learning_rate: float = 2e-4  # peak
     scheduler: str = "linear"  # how the learning rate falls after warm-up
+    scheduler_options: dict[str, float] = field(default_factory=dict)  # numbers that the scheduler takes, under the names of Transformers (`min_lr_rate: 0.1`)
     warmup_ratio: float = 0.05  # share of the steps in which the learning rate rises
     optimizer: str = "adamw_torch"  # as the Transformers Trainer names it
     weight_decay: float = 0.0
@@ -228,6 +231,8 @@ class TrainConfig:
         require(self.neftune_noise_alpha is None or self.neftune_noise_alpha > 0, "train.neftune_noise_alpha", self.neftune_noise_alpha, "give a number above 0 (the paper's are 5, 10 and 15), or leave it out.")
         require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "give a number above 0, such as 2e-4.")
         require(self.scheduler in SCHEDULERS, "train.scheduler", self.scheduler, nearest(self.scheduler, SCHEDULERS).strip())
+        needed = NEEDED_OPTIONS.get(self.scheduler, ())
+        require(not needed or any(name in self.scheduler_options for name in needed), "train.scheduler_options", self.scheduler_options, f"{self.scheduler} needs {' or '.join(f'`{name}`' for name in needed)}.")
         require(self.optimizer in OPTIMIZERS, "train.optimizer", self.optimizer, nearest(self.optimizer, OPTIMIZERS).strip())
         require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", self.warmup_ratio, "give a share from 0 up to, not including, 1.")
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "give 0 or more.")
@@ -301,9 +306,14 @@ def layer_numbers(
 def convert_nested(
     key: str,  # recipe key, for the error
     value: Any,  # what the file or the caller gave
-    kind: Any,  # `dict[str, str]`, or a tuple of `MixtureSource` or `SourceConfig`
+    kind: Any,  # `dict[str, str]`, `dict[str, float]`, or a tuple of `MixtureSource` or `SourceConfig`
 ) -> Any:  # the value in the field's type
     "Check a column map or a list of sources; raises `UsageError` naming the key"
+    if kind == dict[str, float]:
+        pairs = dict(pair.partition("=")[::2] for pair in value.split(",") if pair) if isinstance(value, str) else value
+        numbers = {name: convert_one(number, int) if convert_one(number, int) is not None else convert_one(number, float) for name, number in pairs.items()} if isinstance(pairs, dict) else {"": None}
+        require(None not in numbers.values(), key, value, "give numbers, as `min_lr_rate: 0.1` in a file or `min_lr_rate=0.1` on a command line.")
+        return numbers
     if kind == dict[str, str]:
         if isinstance(value, str):  # a command line has only text
             value = dict(pair.partition("=")[::2] for pair in value.split(",") if pair)
@@ -362,7 +372,7 @@ def convert(
     kind: Any,  # the field's annotation
 ) -> Any:  # the value in the field's type
     "Check a value against a field's type; raises `UsageError` naming the key"
-    if kind == dict[str, str] or typing.get_args(kind)[:1] in ((MixtureSource,), (SourceConfig,)):
+    if kind in (dict[str, str], dict[str, float]) or typing.get_args(kind)[:1] in ((MixtureSource,), (SourceConfig,)):
         return convert_nested(key, value, kind)
     allowed = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
     if value is None and types.NoneType in allowed:
@@ -506,7 +516,7 @@ TRANSLATIONS = {  # their key -> ours
     "model.model_name": "model.name", "lora.target_modules": "lora.targets", "lora.lora_alpha": "lora.alpha", "lora.lora_dropout": "lora.dropout", "lora.use_rslora": "lora.rslora", "lora.use_dora": "lora.dora",
     "data.max_seq_length": "model.max_seq_length", "data.per_device_train_batch_size": "train.batch_size", "data.per_device_eval_batch_size": "eval.eval_batch_size", "data.data_path": "data.path",
     "train.num_train_epochs": "train.epochs", "train.per_device_train_batch_size": "train.batch_size", "train.per_device_eval_batch_size": "eval.eval_batch_size", "train.gradient_accumulation_steps": "train.gradient_accumulation",
-    "train.lr_scheduler_type": "train.scheduler", "train.optim": "train.optimizer", "train.eval_steps": "train.evaluate_every", "train.save_steps": "train.checkpoint_every", "train.save_total_limit": "train.checkpoints_kept",
+    "train.lr_scheduler_type": "train.scheduler", "train.lr_scheduler_kwargs": "train.scheduler_options", "train.optim": "train.optimizer", "train.eval_steps": "train.evaluate_every", "train.save_steps": "train.checkpoint_every", "train.save_total_limit": "train.checkpoints_kept",
     "train.early_stopping_patience": "train.early_stopping", "train.load_best_model_at_end": "train.keep_best", "train.run_name": "track.run_name", "train.wandb_project": "track.project",
 }
 LEFT_OUT = {  # their key -> why it has no place in a recipe

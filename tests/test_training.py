@@ -170,6 +170,14 @@ def test_options_reach_the_trainer(tmp_path, tokenizer, rows, capsys):
     assert plain["final_loss"] != facts["final_loss"]  # NEFTune's noise
 
 
+@pytest.mark.parametrize("scheduler, options, last", [("cosine_with_min_lr", "min_lr_rate=0.5", 0.5), ("warmup_stable_decay", "num_decay_steps=2,min_lr_ratio=0.25", 0.25), ("reduce_lr_on_plateau", "patience=0,threshold=9,factor=0.1", None)])
+def test_schedulers_take_their_options(tmp_path, tokenizer, rows, scheduler, options, last):
+    train(tmp_path, tokenizer, rows, scheduler=scheduler, scheduler_options=options, warmup_ratio=0, learning_rate=1e-3, evaluate_every=1)
+    rates = [row["learning_rate"] for row in read_jsonl(tmp_path / "log.jsonl") if "loss" in row]
+    assert rates[0] == 1e-3 and rates == sorted(rates, reverse=True)
+    assert rates[-1] < 1e-4 if last is None else last * 1e-3 <= rates[-1] < 0.7e-3, rates
+
+
 def test_the_best_checkpoint_is_what_is_saved(tmp_path, tokenizer, rows):
     facts = train(tmp_path, tokenizer, rows, learning_rate=3.0, warmup_ratio=0, scheduler="constant", checkpoint_every=1, checkpoints_kept=1, keep_best=True)
     losses = {row["step"]: row["eval_loss"] for row in read_jsonl(tmp_path / "log.jsonl") if "eval_loss" in row}

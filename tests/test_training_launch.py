@@ -120,8 +120,10 @@ def test_two_machines_of_one_process_each(rows, straight, tmp_path):
     (["--launch", "fsdp", "--set", "backend=medibuddy"], "divides the base weights, which the fused kernels read whole"),
     (["--launch", "fsdp", "--set", "backend=peft", "--set", "quantization=4bit"], "packed ones cannot be"),
     (["--launch", "ddp", "--nodes", "2"], "--nodes needs --main-address"),
-], ids=["rows", "kind", "kernels", "packed", "address"])
-def test_what_cannot_be_spread_is_refused_before_anything_is_written(call, tmp_path, options, message):
+    (["--launch", "zero3", "--set", "backend=peft"], "pip install deepspeed"),
+], ids=["rows", "kind", "kernels", "packed", "address", "deepspeed"])
+def test_what_cannot_be_spread_is_refused_before_anything_is_written(call, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr("medibuddy.training.launch.find_spec", lambda name: None)
     status, _, err = call("train", "--run", tmp_path / "run", *options)
     assert status == 2 and message in err and not (tmp_path / "run").exists()
 

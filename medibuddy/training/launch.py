@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,8 @@ def check_launch(
     require(model.backend != "unsloth" or launch.world == 1, "model.backend", "unsloth", f"Unsloth trains in one process; --launch {launch.kind} needs `model.backend=medibuddy` or `model.backend=peft`.")
     require(model.backend == "peft" or not divided, "model.backend", model.backend, f"--launch {launch.kind} divides the base weights, which the fused kernels read whole. Use `model.backend=peft`, or --launch ddp.")
     require(model.quantization is None or not divided, "model.quantization", model.quantization, f"--launch {launch.kind} divides the base weights, and packed ones cannot be. Use `model.quantization=null`, or --launch ddp.")
-    if "zero" in launch.kind:
-        from medibuddy.models.loaders import require_package
-
-        require_package("deepspeed", "--launch", launch.kind)
+    if "zero" in launch.kind and find_spec("deepspeed") is None:
+        raise UsageError(f"--launch {launch.kind} needs DeepSpeed, which is not installed here: pip install deepspeed. Or use --launch fsdp, which divides the same and needs nothing more.")
 
 # %% ../../nbs/api/33_launch.ipynb #29dc38eb
 def launched() -> Launch | None:  # None in a training of one process
@@ -105,9 +104,11 @@ def strategy_arguments(
         return arguments
     arguments |= {"ddp_find_unused_parameters": False, "average_tokens_across_devices": True}
     if launch.kind.startswith("zero"):
-        arguments["deepspeed"] = str(CONFIGURATIONS / f"{launch.kind}.json")
+        arguments |= {"deepspeed": str(CONFIGURATIONS / f"{launch.kind}.json"), "use_cpu": False}  # DeepSpeed finds its devices itself
     if launch.kind.startswith("fsdp"):
         arguments |= {"fsdp": True, "fsdp_config": read_json(CONFIGURATIONS / f"{launch.kind}.json") | {"transformer_layer_cls_to_wrap": [layer]}}
+        # FSDP keeps embeddings and output head in one group, and waits for both to run; TRL's loss in pieces never calls the head
+        arguments["loss_type"] = "nll"
     return arguments
 
 # %% ../../nbs/api/33_launch.ipynb #f74e1762
@@ -188,7 +189,8 @@ def run_workers(
         write_json(run_dir / JOB, job | {"launch": asdict(launch)})
     environment = os.environ | {"MEDIBUDDY_LAUNCH": launch.kind}
     try:
-        process = subprocess.Popen(launch_command(launch, run_dir), env=environment, preexec_fn=die_with_parent if sys.platform == "linux" else None)
+        # to standard error: gloo speaks on standard output, which belongs to results
+        process = subprocess.Popen(launch_command(launch, run_dir), env=environment, stdout=2, preexec_fn=die_with_parent if sys.platform == "linux" else None)
         try:
             status = process.wait()
         except BaseException:

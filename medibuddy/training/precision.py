@@ -137,6 +137,7 @@ def group_norms(
     gradients, scale = {name: found for name, found in gradients.items() if found}, max(1.0, (total + 1e-6) / clipped_to)
     if not gradients:
         return {}
-    norms = torch.stack([torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found))) for found in gradients.values()]).tolist()
+    norms = torch.stack([torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found))) for found in gradients.values()])
+    norms = (norms.full_tensor() if hasattr(norms, "full_tensor") else norms).tolist()  # FSDP's gradients lie in several processes
     finite = all(norm == norm and abs(norm) != float("inf") for norm in [total, *norms])
     return {name: float(f"{norm * scale:.6g}") if finite else None for name, norm in zip(gradients, norms, strict=True)}

@@ -312,7 +312,7 @@ def training_arguments(
     return SFTConfig(
         output_dir=str(folder), num_train_epochs=train.epochs, max_steps=train.max_steps or -1,
         per_device_eval_batch_size=train.batch_size,  # several processes divide the training batch alone: a loss taken over other batches would be another number
-        learning_rate=train.learning_rate, lr_scheduler_type=train.scheduler, warmup_steps=train.warmup_ratio,
+        learning_rate=train.learning_rate, lr_scheduler_type=train.scheduler, lr_scheduler_kwargs=dict(train.scheduler_options), warmup_steps=train.warmup_ratio,
         optim=train.optimizer, weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm, seed=train.seed, data_seed=train.seed,
         max_length=None, completion_only_loss=False, packing=False,
         fp16=dtype == "float16" and device == "cuda", bf16=dtype == "bfloat16", neftune_noise_alpha=train.neftune_noise_alpha,

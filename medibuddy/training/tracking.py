@@ -54,7 +54,7 @@ def start_wandb(
     import wandb
 
     track, online = recipe.track, recipe.track.wandb_mode == "online"
-    settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, save_code=False, x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False, host="", disable_job_creation=True)
+    settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, save_code=False, x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False, host="", disable_job_creation=True)
     return wandb.init(
         project=track.project, name=track.run_name or run_dir.name, id=run_id, tags=list(track.tags), config=recipe.to_dict(), dir=str(run_dir),
         mode=track.wandb_mode, resume="allow" if online else None, reinit="finish_previous", settings=settings,

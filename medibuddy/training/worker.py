@@ -23,8 +23,8 @@ def join(
     import torch
     import torch.distributed as dist
 
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
+    backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"  # a divided model's whole weights are gathered on the host
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if kind.startswith("zero"):
         import deepspeed

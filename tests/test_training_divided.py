@@ -1,0 +1,61 @@
+"""FSDP2 and DeepSpeed's ZeRO-3 with their real code on two processes of a CPU: really divided, the adapter that one process trains, and the same after an interruption."""
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from safetensors.torch import load_file
+
+import medibuddy.training.launch as launcher
+from medibuddy import flow
+from medibuddy.recipe import Recipe
+from medibuddy.run import RunError, sha256_file
+
+KINDS = [pytest.param("fsdp"), pytest.param("zero3", marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"))]
+
+
+@pytest.fixture(autouse=True)
+def processors_for_gpus(monkeypatch):
+    "Start the workers through the script that makes processors look like GPUs"
+    real = launcher.launch_command
+
+    def command(launch, run_dir):
+        words = real(launch, run_dir)
+        i = words.index("medibuddy.training.worker")
+        return [*words[: i - 1], str(Path(__file__).with_name("divided_on_cpu.py")), *words[i + 1 :]]
+
+    monkeypatch.setattr(launcher, "launch_command", command)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def recipe(rows_file, **overrides):
+    "Four full steps"
+    return Recipe.load("tiny", **{"source": "pubmedqa", "path": str(rows_file), "test_fraction": 0.3, "backend": "peft", "max_steps": 4, "checkpoint_every": 2, "batch_size": 4, "r": 4, "learning_rate": 1e-3} | overrides)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_divided_model_trains_the_adapter_that_one_process_trains_and_goes_on_exactly(tmp_path, rows_file, kind):
+    launch = launcher.Launch(kind, 2)
+    flow.train(recipe(rows_file), tmp_path / "one")
+    facts = flow.train(recipe(rows_file), tmp_path / "two", launch=launch)  # `check_spread` in the workers stops what is not divided
+    assert (facts["launch"], facts["processes"], facts["steps"]) == (kind, 2, 4)
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(one[name].shape == two[name].shape for name in one)
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+
+    cut = tmp_path / "cut"  # as a kill after the first checkpoint leaves it
+    shutil.copytree(tmp_path / "two", cut)
+    shutil.rmtree(cut / "adapter")
+    shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
+    assert flow.train(recipe(rows_file), cut, launch=launch)["resumed_at_step"] == 2
+    assert sha256_file(cut / "adapter" / "adapter_model.safetensors") == sha256_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_model_that_was_not_divided_stops_the_training(tmp_path, rows_file, monkeypatch):
+    monkeypatch.undo()  # without the stand-in Accelerate silently takes FSDP on a CPU for DDP
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(RunError, match="--launch fsdp was asked for, but the model was wrapped as DistributedDataParallel"):
+        flow.train(recipe(rows_file, max_steps=1), tmp_path / "run", launch=launcher.Launch("fsdp", 2))
+    assert not (tmp_path / "run" / "adapter").exists()
