@@ -166,7 +166,7 @@ BOXED = re.compile(r"\\boxed\s{0,3}\{\s{0,12}\{?\s{0,3}\(?")
 BOXED_TEXT = re.compile(r"\s{0,3}\)?(?:[.:)] {0,9}\{?[^{}\n]{1,80}\}?)?[\s}]{0,6}\}")
 BOX_DENIED = re.compile(r"\b(?:not|never|cannot|neither|whether|wrong|incorrect|rules? out|could|might|may)\b|n['’]t\b", re.IGNORECASE)
 CHOSEN = re.compile(
-    rf"\b(?:I|[Ww]e)(?:['’]d|['’]ll|['’]m| am| would| will)?(?: therefore| thus| hence| still)? {either('choose|select|pick|go with|going with|go for|opt for|answer|say|vote', '(?:classify|label|rate|judge) (?:this|it)(?: one)? as', 'conclude:')}(?: (?:this|the) question)?(?: with)?(?: an?(?= [*\"“]{{0,3}}(?:yes|no|maybe)\b))?(?: (?:option|answer|choice|letter))? {{0,2}}[(*\"“]{{0,3}}"
+    rf"\b(?:I|[Ww]e)(?:['’]d|['’]ll|['’]m| am| would| will)?(?: therefore| thus| hence| still)? {either('choose|select|pick|go with|going with|go for|opt for|answer|say|vote|decide on|decided on|settle on|settled on', '(?:call|classify|label|rate|judge) (?:this|it)(?: one)?(?: as)?', 'conclude:')}(?: (?:this|the) question)?(?: with)?(?: an?(?= [*\"“]{{0,3}}(?:yes|no|maybe)\b))?(?: (?:option|answer|choice|letter))? {{0,2}}[(*\"“]{{0,3}}"
 )
 SO = either("so|therefore|thus|hence|consequently|accordingly|∴")
 ONLY_ONE = either("it is|it's|it’s|it must be|must be|go with|letter:|leaving", "eliminating [^.\\n]{1,60} leaves", "(?:this|that|which) leaves", "by (?:elimination|exclusion)[,:]")
@@ -176,7 +176,7 @@ CHECKED = re.compile(r"(?:^|(?<=\n))[ *-]{0,4}(?:[\[(][xX✓✔✅][\])]|☑️?
 CALLED = re.compile(rf"(?:^|(?<=[.!?\n])) {{0,3}}(?:it|that|this)(?:['’]s| is| would be) (?:definitely |clearly |certainly )?an? (?:{FIRMLY} )?[*\"“]{{0,3}}", re.IGNORECASE)
 SENTENCE_OVER = re.compile(r"[*_\"'”]{0,3}(?: from me)?[.!]{0,3}[*_\"'”]{0,3}\s{0,5}(?:\n|$)|[*_]{0,3}[.!] ")
 LETTER_OVER = re.compile(r"[)*_]{0,4}(?:[.!:;]? {0,3}(?:\n|$)|[.!] [A-Z])")
-OPTION_IS = re.compile(r"(?:^|(?<=[\n.!?:;,*(]))[ *_(]{0,4}(?:(?:so|thus|therefore|hence|option|choice|answer),? ){0,3}[(*]{0,3}(?=[A-Z][)*. ])", re.IGNORECASE)
+OPTION_IS = re.compile(r"(?:^|(?<=[\n.!?:;,*(]))[ *_(]{0,4}(?:(?:so|thus|therefore|hence|option|choice|answer|(?:I|we) (?:conclude|think|believe)(?: that)?),? ){0,3}[(*]{0,3}(?=[A-Z][)*. ])", re.IGNORECASE)
 IS_RIGHT = re.compile(
     r"[)*.]{0,4} is (?:(?:clearly|therefore|thus|indeed|definitely|the|single|most) ){0,4}(?:correct|right|best|appropriate|answer)(?: (?:answer|option|choice|one|next step))?"
     r"(?=\s{0,2}(?:[.,;:!)*\n]|because|since|as|here|given|$))",
