@@ -123,7 +123,7 @@ IS_RIGHT = re.compile(
 )
 ANY = re.compile("")
 
-
+# %% ../../nbs/api/40f_statements.ipynb #8d3280ca
 def phrase_claims(
     text: str,  # blanked text, ending where the answer ends
     here: int,  # first character of the answer
