@@ -211,7 +211,7 @@ def opening_claim(
         return None
     return Claim(as_label(value[0], spelled.labels), value.start(), value.end(), status, rule)
 
-
+# %% ../../nbs/api/40f_statements.ipynb #e83edf11
 CLOSING = re.compile(
     rf"(?:^|(?<=[.!?\n,;])) {{0,3}}(?:{SO}|{either('all things considered|in short|in brief|in conclusion|in summary|in sum|in a word|in one word|without hesitation|overall|on balance|tl;dr|bottom line|to conclude|all in all|altogether|sadly|unfortunately', 'to (?:answer|address) (?:the|your|this) question(?: directly)?', '(?:so|thus),? in short', 'considering (?:all )?(?:the above|this|these)', 'i(?:.m| am) (?:confident|sure|certain)', 'in (?:my|our) (?:opinion|view|judgement|judgment)', '(?:from|based on|according to|given|judging by) (?:the|these|this) (?:data|abstract|results|findings|evidence|study|text|passage|information|context)(?: (?:presented|provided|given|above|alone))?', 'if (?:I )?(?:had to choose|forced to choose|pressed|must choose)')})"
     rf"(?:[,:] ?| [—–-] | )[*_\"'“]{{0,3}}",
