@@ -186,6 +186,8 @@ def do_train(
             from medibuddy.training.sft import train_adapter
 
             tokenizer, (train_rows, validation_rows) = training_rows(run, recipe)
+            if recipe.eval.shots:  # prompts that cannot be asked are found before hours of training
+                encode_questions(read_split(run, "test"), recipe, tokenizer, read_split(run, "train"))
             model = load_for_training(recipe, hardware)
             run.manifest["base_model"] = base | {"parameters": count_parameters(model)[1]}
             announce(recipe, hardware, model, train_rows, tokenizer)
@@ -342,6 +344,10 @@ def do_generate(
         rows = generate_answers(model, tokenizer, test, prompts, recipe.eval, partial, f"answers of the {which} model")
         if recipe.eval.perplexity:
             rows = add_likelihoods(rows, model, tokenizer, test, recipe)
+        if recipe.eval.choices:
+            from medibuddy.evaluation.choices import add_choices
+
+            rows = add_choices(rows, model, tokenizer, test, prompts)
         write_jsonl(run.path / output, rows)
         partial.unlink(missing_ok=True)
         facts |= {"rows": len(rows), "new_tokens": sum(sample["new_tokens"] for row in rows for sample in row.get("samples", [row])), "context_cut": sum(p.cut_tokens > 0 for p in prompts), "hardware": hardware.to_dict()}

@@ -17,6 +17,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 from statsmodels.stats.proportion import proportion_confint
 
 from ..data.example import Example
+from .calibration import calibration
 from .consultation import CONSULTATION_NAMES, consultation_scores
 from .errors import count_errors
 from .texts import answer_pairs, summarise_texts, text_statistics, token_f1
@@ -245,5 +246,6 @@ def metrics(
         "perplexity": perplexity(rows),
         "consultation": consultation_summary(rows, pairs),
         "errors": count_errors(rows, references),
+        "choices": calibration(rows),
         "pubmedqa_official": pubmedqa_scores(rows, references),
     }

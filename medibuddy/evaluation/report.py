@@ -21,7 +21,7 @@ from .errors import error_types
 from .measures import MEASURE_NAMES
 from .metrics import decided, text_scores
 from .paired import spell_p
-from .tables import SPACE, class_table, cost_table, data_table, environment_table, error_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
+from .tables import SPACE, choice_table, class_table, cost_table, data_table, environment_table, error_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
 from ..recipe import Recipe
 from ..run import UsageError, open_run, read_json, read_jsonl, sha256_text, write_atomic
 
@@ -156,6 +156,8 @@ FIGURES = {  # name -> caption, text for those who cannot see it
     "token_f1": ("Mean token F1 with the reference answers, before and after tuning.", "Bars of the mean token F1 of base and tuned model; the numbers are in the tables."),
     "length": ("Accuracy by the length of the reference answer, with 95 % Wilson intervals.", "Bars of the accuracy of base and tuned model by length of the reference; the numbers are in the table."),
     "specialty": ("Accuracy by specialty, the twelve largest, with 95 % Wilson intervals.", "Bars of the accuracy of base and tuned model by specialty; the numbers are in the table."),
+    "heat": ("Accuracy by specialty and what changed, the twenty largest.", "Heat map of the accuracy of base and tuned model by specialty; the numbers are in the table."),
+    "calibration": ("Choices by likelihood: how often they were right at each confidence, and the error rate when only the surest are answered.", "Reliability diagram and risk-coverage curve of base and tuned model."),
     "confusion": ("Decisions read from the answers against the gold decisions. The last column counts answers that state no readable decision.", "Confusion matrices of base and tuned model; recall and precision of each decision are in the table."),
     "flips": ("Questions that changed sides.", "Bars of questions gained and lost; the numbers are in the text."),
     "loss": ("Loss during training.", "Curve of the training loss by optimizer step."),
@@ -204,6 +206,9 @@ def warnings(
             found.append(f"{scores['unparseable']} of {scores['n']} answers of the {which} model state no readable decision; they count as wrong.")
         if scores["truncated"]:
             found.append(f"{scores['truncated']} of {scores['rows']} answers of the {which} model ran into the length limit; none of them is graded as if finished.")
+        swallowed = (scores.get("choices") or {}).get("collapse")
+        if swallowed:
+            found.append(f"By likelihood the {which} model chooses “{swallowed['label']}” in {percent(swallowed['chosen'])} of the questions, where {percent(swallowed['gold'])} would be right.")
         never = [label for label, part in scores["per_class"].items() if part["support"] and not part["predicted"]]
         if never:
             found.append(f"The {which} model never answers {' or '.join(f'“{label}”' for label in never)}.")
@@ -257,7 +262,7 @@ def view(
         "leaks": leak_line(facts),
         "tables": {
             "headline": headline_table(facts), "sources": source_table(facts), "classes": class_table(facts), "specialties": specialty_table(facts), "data": data_table(facts),
-            "errors": error_table(facts), "measures": measure_table(facts), "official": official_table(facts),
+            "errors": error_table(facts), "measures": measure_table(facts), "official": official_table(facts), "choices": choice_table(facts),
             "types": group_table(facts, "by_question_type", "Question", "Types of question."),
             "lengths": group_table(facts, "by_answer_length", "Reference answer", "Length of the reference answer."),
             "settings": setting_table(facts), "cost": cost_table(facts), "environment": environment_table(facts), "files": file_table(facts),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'SPACE', 'HUMAN', 'percent', 'with_interval', 'signed_points', 'thousands', 'bare_p', 'duration', 'table',
            'headline_table', 'source_table', 'class_table', 'group_table', 'specialty_table', 'measure_table',
-           'error_table', 'official_table', 'data_table', 'setting_table', 'cost_table', 'environment_table',
-           'file_table']
+           'choice_table', 'error_table', 'official_table', 'data_table', 'setting_table', 'cost_table',
+           'environment_table', 'file_table']
 
 # %% ../../nbs/api/44a_tables.ipynb #58cb341f
 from pathlib import PurePath
@@ -174,6 +174,20 @@ def measure_table(
 
     rows = [[MEASURE_NAMES[name], str(part["n"]), *spell(name, part), bare_p(part["p"]), bare_p(part["p_holm"])] for name, part in facts["comparison"].get("measures", {}).items()]
     return table("Every measure. Brackets: 95 % intervals of the difference, in percentage points except for perplexity. The last column is adjusted over all rows of this table (Holm).", ["Measure", "n", "Base", "Tuned", "Difference", "p", "p, Holm"], rows)
+
+# %% ../../nbs/api/44a_tables.ipynb #535640a7
+def choice_table(
+    facts: dict,  # as `report.collect` gives them
+) -> dict | None:  # None when the choices were not scored
+    "Choices by likelihood, and how well the model knows what it knows"
+    sides = [(name, (facts["metrics"].get(which) or {}).get("choices")) for which, name in (("base", "Base model"), ("tuned", "Tuned model"))]
+    rows = [
+        [name, str(part["n"]), percent(part["accuracy"]), percent(part["mean_confidence"]), percent(part["ece"]), percent(part["ece_by_chance"]), f"{part['brier']:.3f}", percent(part["risk_coverage"]["area"])]
+        for name, part in sides
+        if part
+    ]
+    caption = "The likeliest choice behind the prompt, without an answer being generated. Calibration error: mean distance between confidence and accuracy over ten bins of equal size, beside what chance alone would show. Brier score: 0 to 2, lower is better. Risk: mean error rate over all shares answered, the surest first."
+    return table(caption, ["", "n", "Accuracy", "Confidence", "Calibration error", "By chance", "Brier", "Risk"], rows)
 
 # %% ../../nbs/api/44a_tables.ipynb #0fe3ae84
 def error_table(
