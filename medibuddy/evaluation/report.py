@@ -18,7 +18,7 @@ import medibuddy
 from ..data.example import Example
 from .figures import draw_figures
 from .errors import error_types
-from .measures import MEASURE_NAMES
+from .measures import MEASURE_NAMES, undecided
 from .metrics import decided, text_scores
 from .paired import spell_p
 from .tables import SPACE, choice_table, class_table, cost_table, data_table, environment_table, error_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
@@ -212,6 +212,9 @@ def warnings(
         never = [label for label, part in scores["per_class"].items() if part["support"] and not part["predicted"]]
         if never:
             found.append(f"The {which} model never answers {' or '.join(f'“{label}”' for label in never)}.")
+    torn = [MEASURE_NAMES[name] for name in undecided(facts["comparison"].get("measures", {}))]
+    if torn:
+        found.append(f"Interval and test disagree about {', '.join(torn)}, which shows no difference.")
     tuned, majority = facts["metrics"].get("tuned"), facts["metrics"].get("base", {}).get("majority_class")
     if tuned and majority and tuned["accuracy"] <= majority["accuracy"]:
         found.append("The tuned model is no more accurate than always giving the most frequent answer.")
