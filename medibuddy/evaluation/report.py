@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import medibuddy
 from ..data.example import Example
+from ..data.specialties import specialty_of
 from .figures import draw_figures
 from .errors import error_types
 from .measures import MEASURE_NAMES, undecided
@@ -62,7 +63,7 @@ def describe_answer(
     if example.decision is None:
         change = "closer" if gain > 0 else "further" if gain < 0 else "unchanged"
     return {
-        "id": example.id, "source": example.source, "specialty": example.specialty or "", "question": example.question, "prompt": base["prompt"],
+        "id": example.id, "source": example.source, "specialty": specialty_of(example) or "", "question": example.question, "prompt": base["prompt"],
         "reference": example.answer, "gold": example.decision, "change": change, "gain": gain, "faults": faults[1],
         **{name: {"text": row["text"].strip(), "decision": decided(row), "mark": label, "token_f1": row["token_f1"]} for name, row, label in (("base", base, marks[0]), ("tuned", tuned, marks[1]))},
     }

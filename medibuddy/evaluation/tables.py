@@ -158,7 +158,7 @@ def specialty_table(
     facts: dict,  # as `report.collect` gives them
 ) -> dict | None:  # None when no row names its specialty
     "Each specialty apart"
-    return group_table(facts, "by_specialty", "Specialty", "Specialties. Few questions each: read the large differences only.")
+    return group_table(facts, "by_specialty", "Specialty", "Specialties: the row’s own label, else its MeSH headings, else a lexicon’s reading of the question. Few questions each: read the large differences only.")
 
 
 def measure_table(
