@@ -407,7 +407,7 @@ def report(
     from medibuddy.evaluation.report import write_report
 
     with locked_run(run_dir) as (run, _):
-        inputs = ["metrics.json", "comparison.json", "generations/base.jsonl", "generations/tuned.jsonl", "log.jsonl", "data/test.jsonl"]
+        inputs = ["metrics.json", "comparison.json", "generations/base.jsonl", "generations/tuned.jsonl", "log.jsonl", "data/test.jsonl"] + (["harness.json"] if (run.path / "harness.json").exists() else [])
         with stage(run, "report", [run.manifest.get("stages", {}).get("compare"), run.manifest.get("stages", {}).get("train")], inputs, ["report.md", "report.html", "figures/"]) as facts:
             if facts is not None:
                 write_report(run.path)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'SPACE', 'HUMAN', 'percent', 'with_interval', 'signed_points', 'thousands', 'bare_p', 'duration', 'table',
            'headline_table', 'source_table', 'class_table', 'group_table', 'specialty_table', 'measure_table',
-           'choice_table', 'error_table', 'official_table', 'data_table', 'setting_table', 'cost_table',
-           'environment_table', 'file_table']
+           'choice_table', 'harness_table', 'error_table', 'official_table', 'data_table', 'setting_table',
+           'cost_table', 'environment_table', 'file_table']
 
 # %% ../../nbs/api/44a_tables.ipynb #58cb341f
 from pathlib import PurePath
@@ -188,6 +188,21 @@ def choice_table(
     ]
     caption = "The likeliest choice behind the prompt, without an answer being generated. Calibration error: mean distance between confidence and accuracy over ten bins of equal size, beside what chance alone would show. Brier score: 0 to 2, lower is better. Risk: mean error rate over all shares answered, the surest first."
     return table(caption, ["", "n", "Accuracy", "Confidence", "Calibration error", "By chance", "Brier", "Risk"], rows)
+
+# %% ../../nbs/api/44a_tables.ipynb #43ab96ab
+def harness_table(
+    facts: dict,  # as `report.collect` gives them
+) -> dict | None:  # None when lm-evaluation-harness was not run
+    "What lm-evaluation-harness found"
+    def spell(side: dict, task: str, metric: str) -> str:
+        found = side.get("tasks", {}).get(task, {}).get(metric)
+        return UNKNOWN if found is None else f"{found['value']:.4f}" + (f" ± {found['stderr']:.4f}" if found["stderr"] is not None else "")
+
+    base, tuned = (facts.get("harness", {}).get(which, {}) for which in ("base", "tuned"))
+    tasks = {task: {**base.get("tasks", {}).get(task, {}), **tuned.get("tasks", {}).get(task, {})} for task in sorted({*base.get("tasks", {}), *tuned.get("tasks", {})})}
+    rows = [[f"{task}, {metric}", thousands((part.get("n") or {}).get("value")), spell(base, task, metric), spell(tuned, task, metric)] for task, part in tasks.items() for metric in part if metric != "n"]
+    version = base.get("version") or tuned.get("version") or UNKNOWN
+    return table(f"As lm-evaluation-harness {version} scores the two models, with its standard errors. Not part of the verdict.", ["Task and metric", "n", "Base", "Tuned"], rows)
 
 # %% ../../nbs/api/44a_tables.ipynb #0fe3ae84
 def error_table(
