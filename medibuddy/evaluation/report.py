@@ -22,7 +22,7 @@ from .errors import error_types
 from .measures import MEASURE_NAMES, undecided
 from .metrics import decided, text_scores
 from .paired import spell_p
-from .tables import SPACE, harness_table, choice_table, class_table, cost_table, data_table, environment_table, error_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
+from .tables import SPACE, general_table, harness_table, choice_table, class_table, cost_table, data_table, environment_table, error_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
 from ..recipe import Recipe
 from ..run import UsageError, open_run, read_json, read_jsonl, sha256_text, write_atomic
 
@@ -96,6 +96,7 @@ def collect(
     return {
         "recipe": Recipe.load(run.recipe_path).to_dict() if run.recipe_path.exists() else {},
         "manifest": manifest,
+        "general": read_if_there(run.path / "general.json", read_json, {}),
         "harness": read_if_there(run.path / "harness.json", read_json, {}),
         "metrics": read_json(run.path / "metrics.json"),
         "comparison": read_json(run.path / "comparison.json"),
@@ -214,6 +215,9 @@ def warnings(
         never = [label for label, part in scores["per_class"].items() if part["support"] and not part["predicted"]]
         if never:
             found.append(f"The {which} model never answers {' or '.join(f'“{label}”' for label in never)}.")
+    general = facts.get("general")
+    if general and len(general["lost"]) > len(general["gained"]) and general["mcnemar_p"] < 0.05:
+        found.append(f"The tuned model lost general skill: {general['tuned']} of {general['n']} short tasks done where the base model did {general['base']} ({spell_p(general['mcnemar_p'])}).")
     torn = [MEASURE_NAMES[name] for name in undecided(facts["comparison"].get("measures", {}))]
     if torn:
         found.append(f"Interval and test disagree about {', '.join(torn)}, which shows no difference.")
@@ -267,7 +271,7 @@ def view(
         "leaks": leak_line(facts),
         "tables": {
             "headline": headline_table(facts), "sources": source_table(facts), "classes": class_table(facts), "specialties": specialty_table(facts), "data": data_table(facts),
-            "errors": error_table(facts), "measures": measure_table(facts), "official": official_table(facts), "choices": choice_table(facts), "harness": harness_table(facts),
+            "errors": error_table(facts), "measures": measure_table(facts), "official": official_table(facts), "choices": choice_table(facts), "harness": harness_table(facts), "general": general_table(facts),
             "types": group_table(facts, "by_question_type", "Question", "Types of question."),
             "lengths": group_table(facts, "by_answer_length", "Reference answer", "Length of the reference answer."),
             "settings": setting_table(facts), "cost": cost_table(facts), "environment": environment_table(facts), "files": file_table(facts),

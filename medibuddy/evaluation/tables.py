@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'SPACE', 'HUMAN', 'percent', 'with_interval', 'signed_points', 'thousands', 'bare_p', 'duration', 'table',
            'headline_table', 'source_table', 'class_table', 'group_table', 'specialty_table', 'measure_table',
-           'choice_table', 'harness_table', 'error_table', 'official_table', 'data_table', 'setting_table',
-           'cost_table', 'environment_table', 'file_table']
+           'choice_table', 'general_table', 'harness_table', 'error_table', 'official_table', 'data_table',
+           'setting_table', 'cost_table', 'environment_table', 'file_table']
 
 # %% ../../nbs/api/44a_tables.ipynb #58cb341f
 from pathlib import PurePath
@@ -188,6 +188,17 @@ def choice_table(
     ]
     caption = "The likeliest choice behind the prompt, without an answer being generated. Calibration error: mean distance between confidence and accuracy over ten bins of equal size, beside what chance alone would show. Brier score: 0 to 2, lower is better. Risk: mean error rate over all shares answered, the surest first."
     return table(caption, ["", "n", "Accuracy", "Confidence", "Calibration error", "By chance", "Brier", "Risk"], rows)
+
+# %% ../../nbs/api/44a_tables.ipynb #74864a2f
+def general_table(
+    facts: dict,  # as `report.collect` gives them
+) -> dict | None:  # None when the general tasks were not done
+    "General skill before and after"
+    found = facts.get("general", {})
+    names = {"fact": "General knowledge", "order": "Instructions"}
+    rows = [[names[kind], str(part["n"]), str(part["base"]), str(part["tuned"]), f"{part['tuned'] - part['base']:+d}".replace("-", "−")] for kind, part in found.get("by_kind", {}).items()]
+    rows += [["All", str(found["n"]), str(found["base"]), str(found["tuned"]), f"{found['tuned'] - found['base']:+d}".replace("-", "−")]] if found else []
+    return table(f"Short general tasks done, none of them medical ({len(found.get('lost', []))} lost, {len(found.get('gained', []))} gained, {spell_p(found.get('mcnemar_p', 1.0))}).", ["", "n", "Base", "Tuned", "Difference"], rows)
 
 # %% ../../nbs/api/44a_tables.ipynb #43ab96ab
 def harness_table(
