@@ -33,6 +33,10 @@ def test_words_name_a_specialty_only_where_one_stands_out(text, specialty):
     assert specialty_of(Example(id="1", question=text)) == specialty
 
 
+def test_a_rows_own_label_wins_over_its_words():
+    assert specialty_of(Example(id="1", question="Do glaucoma drops harm the cornea?", specialty="pharmacology")) == "pharmacology"
+
+
 def test_every_stem_names_its_specialty_or_nothing():
     for specialty, stems in LEXICON.items():
         for stem in stems.split(" "):
