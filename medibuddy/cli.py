@@ -7,8 +7,8 @@ __all__ = ['app', 'NOTICE', 'JsonOption', 'RunOption', 'RecipeOption', 'DataOpti
            'BenchmarkOption', 'LeaksOption', 'SetOption', 'RunArgument', 'RunAgainOption', 'INTERRUPTED', 'CLICK_ERROR',
            'show', 'parse_settings', 'parse_pairs', 'load_recipe', 'percent', 'comparison_table', 'show_comparison',
            'which_run', 'demo_command', 'prepare_command', 'describe_account', 'train_command', 'download_command',
-           'plan_command', 'evaluate_command', 'compare_command', 'report_command', 'verify_command', 'checked_claims',
-           'check_claim_command', 'main', 'fail']
+           'plan_command', 'evaluate_command', 'compare_command', 'report_command', 'harness_command', 'verify_command',
+           'checked_claims', 'check_claim_command', 'main', 'fail']
 
 # %% ../nbs/api/90_cli.ipynb #b1dd3513
 import json
@@ -339,6 +339,24 @@ def report_command(run: RunArgument = None, run_option: RunAgainOption = None, a
 
     page = flow.report(which_run(run, run_option))
     show({"report": str(page)}, f"report: {page.resolve()}", as_json)
+
+# %% ../nbs/api/90_cli.ipynb #0baf30c2
+@app.command("harness")
+def harness_command(
+    run: RunArgument = None,
+    run_option: RunAgainOption = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="Tasks of lm-evaluation-harness, with commas; `medibuddy_test` is the run's own test rows.")] = "medibuddy_test",
+    which: Annotated[str, typer.Option("--which", help="base, tuned or both.")] = "both",
+    python: Annotated[str | None, typer.Option("--python", help="Interpreter that has lm_eval; medibuddy's own by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    "Let lm-evaluation-harness judge a run's models; the next report shows what it found."
+    from medibuddy.evaluation.harness import run_harness
+
+    path = which_run(run, run_option)
+    found = run_harness(path, [task.strip() for task in tasks.split(",") if task.strip()], which, python or sys.executable)
+    lines = [f"{model}, {task}: " + ", ".join(f"{name} {part['value']:g}" for name, part in metrics.items()) for model, side in found.items() for task, metrics in side["tasks"].items()]
+    show(found, "\n".join([*lines, f"Next: medibuddy report {path}"]), as_json)
 
 # %% ../nbs/api/90_cli.ipynb #f522a0d8
 @app.command("verify")

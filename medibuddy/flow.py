@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'claim_run', 'reopen_run', 'source_sha256', 'do_prepare', 'prepare', 'read_split', 'show_training_rows',
            'check_recipe', 'announce', 'load_for_training', 'train_here', 'do_train', 'training_rows', 'train',
            'validation_loss', 'locked_run', 'encode_questions', 'task_labels', 'guard_prompts', 'add_likelihoods',
-           'do_generate', 'do_score', 'evaluate', 'compare', 'report', 'demo']
+           'answer_general', 'do_generate', 'do_score', 'evaluate', 'compare', 'report', 'demo']
 
 # %% ../nbs/api/80_flow.ipynb #a1d060f4
 import os
@@ -203,6 +203,8 @@ def do_train(
     inputs = ["data/train.jsonl", "data/validation.jsonl"]
     with stage(run, "train", depends, inputs, ["adapter/", "checkpoints/", "log.jsonl", "resources.jsonl"]) as facts:
         if facts is not None:
+            if recipe.eval.shots:  # prompts that cannot be asked are found before hours of training
+                encode_questions(read_split(run, "test"), recipe, load_tokenizer(recipe.model.name, recipe.model.revision), read_split(run, "train"))
             key = stage_key("train", depends, [run.manifest["files"][i]["sha256"] for i in inputs])
             facts |= run_workers(launch, run.path, {"recipe": settings, "key": key, "resume": resume}) if launch else train_here(run, recipe, key, resume)
             run.manifest["base_model"] = base | {"parameters": facts["total_parameters"]}
@@ -330,6 +332,27 @@ def add_likelihoods(
     return [row | ({"answer_tokens": scores[row["id"]][0], "answer_nll": round(scores[row["id"]][1], 6)} if row["id"] in scores else {}) for row in rows]
 
 # %% ../nbs/api/80_flow.ipynb #3e5fafb8
+def answer_general(
+    run: Run,
+    recipe: Recipe,
+    which: str,  # "base" or "tuned"
+    model: Any,  # a Transformers model in evaluation mode
+    tokenizer: Any,
+) -> None:
+    "Write generations/general-{which}.jsonl: the sixty tasks of general skill"
+    from medibuddy.data.chat import encode_prompts
+    from medibuddy.evaluation.general import as_examples
+    from medibuddy.evaluation.generate import generate_answers
+
+    examples = as_examples()
+    prompts, dropped, _ = encode_prompts(examples, tokenizer, recipe.model.max_seq_length, recipe.eval.max_new_tokens)
+    if dropped:
+        raise UsageError(f"`eval.general` is on, but a prompt of its short tasks does not fit ({dropped[0].reason}); raise `model.max_seq_length` or lower `eval.max_new_tokens` in a new run.")
+    partial = run.path / "generations" / f".general-{which}-{sha256_text(to_json(asdict(recipe.eval)))[:12]}.partial"
+    write_jsonl(run.path / "generations" / f"general-{which}.jsonl", generate_answers(model, tokenizer, examples, prompts, recipe.eval, partial, f"general tasks of the {which} model"))
+    partial.unlink(missing_ok=True)
+
+# %% ../nbs/api/80_flow.ipynb #2a6a9180
 def do_generate(
     run: Run,
     recipe: Recipe,
@@ -344,7 +367,7 @@ def do_generate(
         raise RunError(f"the base model `{recipe.model.name}` changed since this adapter was trained, so before and after would not be about the same model. Train again in a new run directory.")
     inputs = ["data/test.jsonl"] + ([name for name in run.manifest.get("files", {}) if name.startswith("adapter/")] or ["adapter/adapter_model.safetensors"] if which == "tuned" else []) + (["data/train.jsonl"] if recipe.eval.shots else [])
     output = f"generations/{which}.jsonl"
-    with stage(run, f"generate-{which}", [base, asdict(recipe.eval), recipe.model.max_seq_length], inputs, [output]) as facts:
+    with stage(run, f"generate-{which}", [base, asdict(recipe.eval), recipe.model.max_seq_length], inputs, [output, *([f"generations/general-{which}.jsonl"] if recipe.eval.general else [])]) as facts:
         if facts is None:
             return
         hardware = detect_hardware()
@@ -361,6 +384,12 @@ def do_generate(
         rows = generate_answers(model, tokenizer, test, prompts, recipe.eval, partial, f"answers of the {which} model")
         if recipe.eval.perplexity:
             rows = add_likelihoods(rows, model, tokenizer, test, recipe)
+        if recipe.eval.choices:
+            from medibuddy.evaluation.choices import add_choices
+
+            rows = add_choices(rows, model, tokenizer, test, prompts)
+        if recipe.eval.general:
+            answer_general(run, recipe, which, model, tokenizer)
         write_jsonl(run.path / output, rows)
         partial.unlink(missing_ok=True)
         facts |= {"rows": len(rows), "new_tokens": sum(sample["new_tokens"] for row in rows for sample in row.get("samples", [row])), "context_cut": sum(p.cut_tokens > 0 for p in prompts), "hardware": hardware.to_dict()}
@@ -403,13 +432,18 @@ def compare(
     "Compare base and tuned answers question by question"
     from medibuddy.evaluation.paired import compare_paired
 
-    with locked_run(run_dir) as (run, _):
-        with stage(run, "compare", [], ["data/test.jsonl", "generations/base.jsonl", "generations/tuned.jsonl"], ["comparison.json"]) as facts:
+    with locked_run(run_dir) as (run, recipe):
+        general = [f"generations/general-{which}.jsonl" for which in ("base", "tuned")] if recipe.eval.general else []
+        with stage(run, "compare", [], ["data/test.jsonl", "generations/base.jsonl", "generations/tuned.jsonl", *general], ["comparison.json", *(["general.json"] if general else [])]) as facts:
             if facts is not None:
                 test = read_split(run, "test")
                 references = {example.id: example for example in test}
                 base, tuned = (read_jsonl(run.path / "generations" / f"{which}.jsonl") for which in ("base", "tuned"))
                 write_json(run.path / "comparison.json", compare_paired(base, tuned, references, task_labels(test)))
+                if general:
+                    from medibuddy.evaluation.general import compare_general
+
+                    write_json(run.path / "general.json", compare_general(*(read_jsonl(run.path / name) for name in general)))
         return read_json(run.path / "comparison.json")
 
 # %% ../nbs/api/80_flow.ipynb #af6edb38
@@ -420,7 +454,8 @@ def report(
     from medibuddy.evaluation.report import write_report
 
     with locked_run(run_dir) as (run, _):
-        inputs = ["metrics.json", "comparison.json", "generations/base.jsonl", "generations/tuned.jsonl", "log.jsonl", "data/test.jsonl"] + ["resources.jsonl"] * ("resources.jsonl" in run.manifest.get("files", {}))
+        inputs = ["metrics.json", "comparison.json", "generations/base.jsonl", "generations/tuned.jsonl", "log.jsonl", "data/test.jsonl"]
+        inputs += [name for name in ("harness.json", "general.json") if (run.path / name).exists()] + ["resources.jsonl"] * ("resources.jsonl" in run.manifest.get("files", {}))
         with stage(run, "report", [run.manifest.get("stages", {}).get("compare"), run.manifest.get("stages", {}).get("train")], inputs, ["report.md", "report.html", "figures/"]) as facts:
             if facts is not None:
                 write_report(run.path)

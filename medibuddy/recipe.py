@@ -254,6 +254,8 @@ class EvalConfig:
     samples: int = 1  # answers drawn for each question; the most frequent decision counts
     sampling_seed: int = 42  # of the drawing
     perplexity: bool = True  # also score the reference answers; costs one forward pass a row
+    general: bool = False  # also let both models do sixty general tasks, to see skill that tuning lost; costs sixty short answers a model
+    choices: bool = False  # also score the choices (yes, no, maybe; A to E) by likelihood; costs one forward pass a row
 
     def __post_init__(self):
         require(0 <= self.shots <= 64, "eval.shots", self.shots, "give a number of examples from 0 to 64.")

@@ -289,6 +289,10 @@ def check_chain(
         recompute = {"metrics.json": lambda: {w: metrics(rows[w], labels, references) for w in read_json(run.path / "metrics.json")}}
         if "compare" in stages:
             recompute["comparison.json"] = lambda: compare_paired(rows["base"], rows["tuned"], references, labels)
+            if recipe.eval.general:
+                from medibuddy.evaluation.general import compare_general
+
+                recompute["general.json"] = lambda: compare_general(*(read_jsonl(run.path / f"generations/general-{w}.jsonl") for w in ("base", "tuned")))
         yield from check_scores(run, recompute, notes)
     if "report" in stages:
         yield from check_report(run)

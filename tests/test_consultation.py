@@ -32,3 +32,7 @@ def test_empty_and_long_texts():
     assert consultation_scores("", "Hello. Rest. Regards")["structure"] == 0.0
     assert has_diagnosis("You may have asthma. " * 5000)
     assert 0 <= medical_term_ratio("asthma due to infection, " * 5000) <= 1
+
+
+def test_a_question_directs_no_treatment():
+    assert has_treatment("You should take ibuprofen daily.") and not has_treatment("Did you take ibuprofen daily?")

@@ -73,7 +73,7 @@ def drawn_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
     (folder / "rows.json").write_text(json.dumps(pubmedqa_rows()), encoding="utf-8")
     recipe = Recipe.load(
-        "tiny", path=str(folder / "rows.json"), source="pubmedqa", max_steps=2, test_fraction=0.3, max_new_tokens=12, shots=2, temperature=0.8, top_p=0.9, samples=3, eval_batch_size=2
+        "tiny", path=str(folder / "rows.json"), source="pubmedqa", max_steps=2, test_fraction=0.3, max_new_tokens=12, shots=2, temperature=0.8, top_p=0.9, samples=3, eval_batch_size=2, choices=True
     )
     flow.train(recipe, folder / "run")
     for stage in (flow.evaluate, flow.compare, flow.report):
@@ -90,6 +90,21 @@ def test_worked_examples_come_from_the_training_rows_and_the_run_verifies(drawn_
         assert len(row["samples"]) == 3 and row["text"] in [sample["text"] for sample in row["samples"]]
     assert verify(drawn_run).ok
     assert "drawn at temperature 0.8" in (drawn_run / "report.md").read_text(encoding="utf-8")
+
+
+def test_choices_stand_in_rows_metrics_and_report(drawn_run):
+    rows = read_jsonl(drawn_run / "generations" / "tuned.jsonl")
+    assert all(set(row["choices"]) == {"yes", "no", "maybe"} for row in rows)
+    scores = json.loads((drawn_run / "metrics.json").read_text(encoding="utf-8"))["tuned"]["choices"]
+    assert scores["n"] == len(rows) and sum(part["n"] for part in scores["bins"]) == len(rows)
+    assert "Choices by likelihood" in (drawn_run / "report.html").read_text(encoding="utf-8") and (drawn_run / "figures" / "calibration.png").exists()
+
+
+def test_worked_examples_that_leave_no_room_are_found_before_training(drawn_run, tmp_path):
+    recipe = Recipe.load("tiny", path=str(drawn_run.parent / "rows.json"), source="pubmedqa", max_steps=2, test_fraction=0.3, max_new_tokens=12, shots=5, max_seq_length=192)
+    with pytest.raises(UsageError, match="`eval.shots` is 5"):
+        flow.train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_another_sample_in_front_is_found_behind_mended_hashes(drawn_run, tmp_path):

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .card import count_by
 from .example import Example
-from ..evaluation.figures import BASE_COLOUR, FONT, LOST_COLOUR, TUNED_COLOUR, new_figure, to_png, wrap
+from ..drawing import BASE_COLOUR, FONT, LOST_COLOUR, TUNED_COLOUR, new_figure, to_png, wrap
 
 # %% auto #0
 __all__ = ['SPLIT_COLOURS', 'token_lengths', 'lengths_figure', 'counts_figure', 'values_figure', 'losses_figure']

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .specialties import name_specialty
 from .example import DECISIONS, Example, Turn, content_id
 from .files import literal
 from ..recipe import nearest
@@ -109,6 +110,17 @@ def _pubmedqa_context(
     return "\n".join(lines) or None
 
 
+def _mesh_headings(
+    row: dict,  # one row as read
+) -> list[str]:  # empty where there are none
+    "The MeSH headings of a PubMedQA row; only a specialty is read from them, so that odd ones are no fault"
+    context = _cell(row, "context")
+    context = literal(context) if isinstance(context, str) else context
+    value = _cell(context, "meshes") if isinstance(context, dict) else _cell(row, "meshes", "context.meshes")
+    value = literal(value) if isinstance(value, str) else value
+    return [heading for heading in value if isinstance(heading, str)] if isinstance(value, list) else []
+
+
 def _sections(
     value: Any,  # a list of texts, text that spells one, or None
     name: str,  # column name for errors
@@ -150,6 +162,7 @@ def _pubmedqa(
     if pmid is not None:
         fields["id"] = fields["id"] if fields["id"] and not fields["id"].isdigit() else f"pubmedqa-{_identifier(pmid)}"
     fields["id"] = fields["id"] or content_id("pubmedqa", question, context, answer)
+    fields["specialty"] = fields.get("specialty") or name_specialty("; ".join(_mesh_headings(row)), least=1)
     return Example(question=question, context=context, answer=answer, decision=decision, **fields)
 
 # %% ../../nbs/api/10b_shapes.ipynb #64f9c323

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'PERMUTATIONS', 'SEED', 'CHUNK', 'MEASURE_NAMES', 'Measure', 'mean_of', 'perplexity_of', 'mean_measure',
-           'resampled_sums', 'swapped_sums', 'compare_measures', 'text_family', 'consultation_family', 'holm']
+           'resampled_sums', 'swapped_sums', 'compare_measures', 'text_family', 'consultation_family', 'holm',
+           'undecided']
 
 # %% ../../nbs/api/43a_measures.ipynb #61bb5813
 from collections.abc import Callable, Iterator
@@ -137,3 +138,11 @@ def holm(
     "Adjust the p-values of a family (Holm 1979)"
     adjusted = multipletests([part["p"] for part in measures.values()], method="holm")[1] if measures else []
     return {name: part | {"p_holm": round(float(p), 9)} for (name, part), p in zip(measures.items(), adjusted)}
+
+# %% ../../nbs/api/43a_measures.ipynb #bf9bfcbe
+def undecided(
+    measures: dict[str, dict],  # by measure, with `difference_ci` and `p`
+    alpha: float = 0.05,
+) -> list[str]:  # names
+    "Name the measures whose interval and test disagree"
+    return [name for name, part in measures.items() if part["difference_ci"] and (part["difference_ci"][0] > 0 or part["difference_ci"][1] < 0) != (part["p"] < alpha)]

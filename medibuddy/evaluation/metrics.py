@@ -17,6 +17,8 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 from statsmodels.stats.proportion import proportion_confint
 
 from ..data.example import Example
+from ..data.specialties import specialty_of
+from .calibration import calibration
 from .consultation import CONSULTATION_NAMES, consultation_scores
 from .errors import count_errors
 from .texts import answer_pairs, summarise_texts, text_statistics, token_f1
@@ -238,12 +240,13 @@ def metrics(
         "truncated": sum(row["stop_reason"] == "length" for row in rows),
         "mean_new_tokens": mean(row["new_tokens"] for row in rows),
         "by_source": scores_by(rows, labels, f1s, [example and example.source for example in examples]),
-        "by_specialty": scores_by(rows, labels, f1s, [example and example.specialty for example in examples]),
+        "by_specialty": scores_by(rows, labels, f1s, [example and specialty_of(example) for example in examples]),
         "by_question_type": scores_by(rows, labels, f1s, [example and question_type(example) for example in examples]),
         "by_answer_length": scores_by(rows, labels, f1s, [example and answer_length(example) for example in examples]),
         "texts": summarise_texts(stats),
         "perplexity": perplexity(rows),
         "consultation": consultation_summary(rows, pairs),
         "errors": count_errors(rows, references),
+        "choices": calibration(rows),
         "pubmedqa_official": pubmedqa_scores(rows, references),
     }

@@ -17,12 +17,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import medibuddy
 from ..data.example import Example
+from ..data.specialties import specialty_of
 from .figures import draw_figures
 from .errors import error_types
-from .measures import MEASURE_NAMES
+from .measures import MEASURE_NAMES, undecided
 from .metrics import decided, text_scores
 from .paired import spell_p
-from .tables import SPACE, class_table, cost_table, data_table, environment_table, error_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
+from .tables import SPACE, general_table, harness_table, choice_table, class_table, cost_table, data_table, environment_table, error_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
 from .training_view import TRAINING_FIGURES, draw_training, health_table, resource_table
 from ..recipe import Recipe
 from ..run import UsageError, open_run, read_json, read_jsonl, sha256_text, write_atomic
@@ -64,7 +65,7 @@ def describe_answer(
     if example.decision is None:
         change = "closer" if gain > 0 else "further" if gain < 0 else "unchanged"
     return {
-        "id": example.id, "source": example.source, "specialty": example.specialty or "", "question": example.question, "prompt": base["prompt"],
+        "id": example.id, "source": example.source, "specialty": specialty_of(example) or "", "question": example.question, "prompt": base["prompt"],
         "reference": example.answer, "gold": example.decision, "change": change, "gain": gain, "faults": faults[1],
         **{name: {"text": row["text"].strip(), "decision": decided(row), "mark": label, "token_f1": row["token_f1"]} for name, row, label in (("base", base, marks[0]), ("tuned", tuned, marks[1]))},
     }
@@ -97,6 +98,8 @@ def collect(
     return {
         "recipe": Recipe.load(run.recipe_path).to_dict() if run.recipe_path.exists() else {},
         "manifest": manifest,
+        "general": read_if_there(run.path / "general.json", read_json, {}),
+        "harness": read_if_there(run.path / "harness.json", read_json, {}),
         "metrics": read_json(run.path / "metrics.json"),
         "comparison": read_json(run.path / "comparison.json"),
         "log": read_if_there(run.path / "log.jsonl", read_jsonl, []),
@@ -159,6 +162,8 @@ FIGURES = {  # name -> caption, text for those who cannot see it
     "token_f1": ("Mean token F1 with the reference answers, before and after tuning.", "Bars of the mean token F1 of base and tuned model; the numbers are in the tables."),
     "length": ("Accuracy by the length of the reference answer, with 95 % Wilson intervals.", "Bars of the accuracy of base and tuned model by length of the reference; the numbers are in the table."),
     "specialty": ("Accuracy by specialty, the twelve largest, with 95 % Wilson intervals.", "Bars of the accuracy of base and tuned model by specialty; the numbers are in the table."),
+    "heat": ("Accuracy by specialty and what changed, the twenty largest.", "Heat map of the accuracy of base and tuned model by specialty; the numbers are in the table."),
+    "calibration": ("Choices by likelihood: how often they were right at each confidence, and the error rate when only the surest are answered.", "Reliability diagram and risk-coverage curve of base and tuned model."),
     "confusion": ("Decisions read from the answers against the gold decisions. The last column counts answers that state no readable decision.", "Confusion matrices of base and tuned model; recall and precision of each decision are in the table."),
     "flips": ("Questions that changed sides.", "Bars of questions gained and lost; the numbers are in the text."),
     "loss": ("Loss during training.", "Curve of the training loss by optimizer step."),
@@ -207,9 +212,18 @@ def warnings(
             found.append(f"{scores['unparseable']} of {scores['n']} answers of the {which} model state no readable decision; they count as wrong.")
         if scores["truncated"]:
             found.append(f"{scores['truncated']} of {scores['rows']} answers of the {which} model ran into the length limit; none of them is graded as if finished.")
+        swallowed = (scores.get("choices") or {}).get("collapse")
+        if swallowed:
+            found.append(f"By likelihood the {which} model chooses “{swallowed['label']}” in {percent(swallowed['chosen'])} of the questions, where {percent(swallowed['gold'])} would be right.")
         never = [label for label, part in scores["per_class"].items() if part["support"] and not part["predicted"]]
         if never:
             found.append(f"The {which} model never answers {' or '.join(f'“{label}”' for label in never)}.")
+    general = facts.get("general")
+    if general and len(general["lost"]) > len(general["gained"]) and general["mcnemar_p"] < 0.05:
+        found.append(f"The tuned model lost general skill: {general['tuned']} of {general['n']} short tasks done where the base model did {general['base']} ({spell_p(general['mcnemar_p'])}).")
+    torn = [MEASURE_NAMES[name] for name in undecided(facts["comparison"].get("measures", {}))]
+    if torn:
+        found.append(f"Interval and test disagree about {', '.join(torn)}, which shows no difference.")
     tuned, majority = facts["metrics"].get("tuned"), facts["metrics"].get("base", {}).get("majority_class")
     if tuned and majority and tuned["accuracy"] <= majority["accuracy"]:
         found.append("The tuned model is no more accurate than always giving the most frequent answer.")
@@ -260,7 +274,7 @@ def view(
         "leaks": leak_line(facts),
         "tables": {
             "headline": headline_table(facts), "sources": source_table(facts), "classes": class_table(facts), "specialties": specialty_table(facts), "data": data_table(facts),
-            "errors": error_table(facts), "measures": measure_table(facts), "official": official_table(facts),
+            "errors": error_table(facts), "measures": measure_table(facts), "official": official_table(facts), "choices": choice_table(facts), "harness": harness_table(facts), "general": general_table(facts),
             "types": group_table(facts, "by_question_type", "Question", "Types of question."),
             "lengths": group_table(facts, "by_answer_length", "Reference answer", "Length of the reference answer."),
             "settings": setting_table(facts), "health": health_table(facts), "resources": resource_table(facts), "cost": cost_table(facts), "environment": environment_table(facts), "files": file_table(facts),

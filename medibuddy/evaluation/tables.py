@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'SPACE', 'HUMAN', 'percent', 'with_interval', 'signed_points', 'thousands', 'bare_p', 'duration', 'table',
            'headline_table', 'source_table', 'class_table', 'group_table', 'specialty_table', 'measure_table',
-           'error_table', 'official_table', 'data_table', 'setting_table', 'cost_table', 'environment_table',
-           'file_table']
+           'choice_table', 'general_table', 'harness_table', 'error_table', 'official_table', 'data_table',
+           'setting_table', 'cost_table', 'environment_table', 'file_table']
 
 # %% ../../nbs/api/44a_tables.ipynb #58cb341f
 from pathlib import PurePath
@@ -158,7 +158,7 @@ def specialty_table(
     facts: dict,  # as `report.collect` gives them
 ) -> dict | None:  # None when no row names its specialty
     "Each specialty apart"
-    return group_table(facts, "by_specialty", "Specialty", "Specialties. Few questions each: read the large differences only.")
+    return group_table(facts, "by_specialty", "Specialty", "Specialties: the row’s own label, else its MeSH headings, else a lexicon’s reading of the question. Few questions each: read the large differences only.")
 
 
 def measure_table(
@@ -174,6 +174,46 @@ def measure_table(
 
     rows = [[MEASURE_NAMES[name], str(part["n"]), *spell(name, part), bare_p(part["p"]), bare_p(part["p_holm"])] for name, part in facts["comparison"].get("measures", {}).items()]
     return table("Every measure. Brackets: 95 % intervals of the difference, in percentage points except for perplexity. The last column is adjusted over all rows of this table (Holm).", ["Measure", "n", "Base", "Tuned", "Difference", "p", "p, Holm"], rows)
+
+# %% ../../nbs/api/44a_tables.ipynb #535640a7
+def choice_table(
+    facts: dict,  # as `report.collect` gives them
+) -> dict | None:  # None when the choices were not scored
+    "Choices by likelihood, and how well the model knows what it knows"
+    sides = [(name, (facts["metrics"].get(which) or {}).get("choices")) for which, name in (("base", "Base model"), ("tuned", "Tuned model"))]
+    rows = [
+        [name, str(part["n"]), percent(part["accuracy"]), percent(part["mean_confidence"]), percent(part["ece"]), percent(part["ece_by_chance"]), f"{part['brier']:.3f}", percent(part["risk_coverage"]["area"])]
+        for name, part in sides
+        if part
+    ]
+    caption = "The likeliest choice behind the prompt, without an answer being generated. Calibration error: mean distance between confidence and accuracy over ten bins of equal size, beside what chance alone would show. Brier score: 0 to 2, lower is better. Risk: mean error rate over all shares answered, the surest first."
+    return table(caption, ["", "n", "Accuracy", "Confidence", "Calibration error", "By chance", "Brier", "Risk"], rows)
+
+# %% ../../nbs/api/44a_tables.ipynb #74864a2f
+def general_table(
+    facts: dict,  # as `report.collect` gives them
+) -> dict | None:  # None when the general tasks were not done
+    "General skill before and after"
+    found = facts.get("general", {})
+    names = {"fact": "General knowledge", "order": "Instructions"}
+    rows = [[names[kind], str(part["n"]), str(part["base"]), str(part["tuned"]), f"{part['tuned'] - part['base']:+d}".replace("-", "−")] for kind, part in found.get("by_kind", {}).items()]
+    rows += [["All", str(found["n"]), str(found["base"]), str(found["tuned"]), f"{found['tuned'] - found['base']:+d}".replace("-", "−")]] if found else []
+    return table(f"Short general tasks done, none of them medical ({len(found.get('lost', []))} lost, {len(found.get('gained', []))} gained, {spell_p(found.get('mcnemar_p', 1.0))}).", ["", "n", "Base", "Tuned", "Difference"], rows)
+
+# %% ../../nbs/api/44a_tables.ipynb #43ab96ab
+def harness_table(
+    facts: dict,  # as `report.collect` gives them
+) -> dict | None:  # None when lm-evaluation-harness was not run
+    "What lm-evaluation-harness found"
+    def spell(side: dict, task: str, metric: str) -> str:
+        found = side.get("tasks", {}).get(task, {}).get(metric)
+        return UNKNOWN if found is None else f"{found['value']:.4f}" + (f" ± {found['stderr']:.4f}" if found["stderr"] is not None else "")
+
+    base, tuned = (facts.get("harness", {}).get(which, {}) for which in ("base", "tuned"))
+    tasks = {task: {**base.get("tasks", {}).get(task, {}), **tuned.get("tasks", {}).get(task, {})} for task in sorted({*base.get("tasks", {}), *tuned.get("tasks", {})})}
+    rows = [[f"{task}, {metric}", thousands((part.get("n") or {}).get("value")), spell(base, task, metric), spell(tuned, task, metric)] for task, part in tasks.items() for metric in part if metric != "n"]
+    version = base.get("version") or tuned.get("version") or UNKNOWN
+    return table(f"As lm-evaluation-harness {version} scores the two models, with its standard errors. Not part of the verdict.", ["Task and metric", "n", "Base", "Tuned"], rows)
 
 # %% ../../nbs/api/44a_tables.ipynb #0fe3ae84
 def error_table(

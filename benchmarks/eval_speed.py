@@ -1,0 +1,142 @@
+"""Choices by likelihood: medibuddy.evaluation.choices beside lm-evaluation-harness, on the same texts, models and threads.
+
+python benchmarks/eval_speed.py [--lm-eval PYTHON]      prints both rates and writes benchmarks/results/eval_speed.json
+
+`--lm-eval` names the interpreter of an environment with `lm_eval[hf]`, torch and transformers; without it this one is used. Both sides score 500 made-up questions of
+PubMedQA's length with yes, no and maybe as continuations, with the same batch size, in processes of their own that take turns; the time is that of
+scoring, tokenising included, loading not. The first pass of each is not counted. A disagreement in more than 1 in 200 decisions stops the benchmark: it would not be the same work.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "eval_speed.json"
+LABELS = ("yes", "no", "maybe")
+SIZES = {"tiny": None, "30m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}}
+WORDS = "patients treated with the drug had a lower risk of recurrence than those given placebo and blood pressure fell in both groups after twelve weeks while side effects were rare".split()
+
+
+def make_texts(count: int) -> list[str]:
+    "Texts as long as PubMedQA's: 200 words of context on average, 40 at least, 400 at most"
+    chance = random.Random(0)
+    lengths = [min(400, max(40, round(chance.gauss(200, 60)))) for _ in range(count)]
+    return [f"{' '.join(chance.choices(WORDS, k=length))}.\n\nDoes the drug lower the risk of recurrence?\n\nFinal decision:" for length in lengths]
+
+
+def make_models(folder: Path) -> dict[str, Path]:
+    "The embedded model, and a Llama of 30 million parameters with random weights and the same tokenizer"
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from medibuddy.models.loaders import EMBEDDED_MODEL, load_base, load_tokenizer
+
+    tokenizer, found = load_tokenizer("embedded"), {}
+    torch.manual_seed(0)
+    for name, shape in SIZES.items():
+        found[name] = folder / name
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, bos_token_id=1, eos_token_id=0, pad_token_id=2, **shape)) if shape else load_base("embedded")
+        model.float().save_pretrained(found[name])
+        tokenizer.save_pretrained(found[name])
+    assert EMBEDDED_MODEL.exists()
+    return found
+
+
+def score_here(model_dir: str, texts: list[str], batch_size: int, repeats: int) -> tuple[list[float], list[int]]:
+    "Seconds of each pass and the decisions, with medibuddy"
+    from medibuddy.data.chat import token_ids
+    from medibuddy.evaluation.choices import ChoicePrompt, score_choices, share_prefix
+    from medibuddy.models.loaders import load_base, load_tokenizer
+
+    model, tokenizer = load_base(model_dir), load_tokenizer(model_dir)
+
+    def once() -> list[int]:
+        ids = iter(token_ids([f"{text} {label}" for text in texts for label in LABELS], tokenizer))
+        questions = []
+        for number in range(len(texts)):
+            prefix, tails = share_prefix([next(ids) for _ in LABELS])
+            questions.append(ChoicePrompt(str(number), LABELS, prefix + [token for tail in tails for token in tail[:-1]], len(prefix), tails))
+        return [max(range(3), key=list(scores.values()).__getitem__) for scores in score_choices(model, questions, batch_size)]
+
+    return timed(once, repeats)
+
+
+def score_there(model_dir: str, texts: list[str], batch_size: int, repeats: int) -> tuple[list[float], list[int]]:
+    "The same with lm-evaluation-harness and its hf backend, as its multiple-choice tasks ask it"
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=model_dir, device="cpu", dtype="float32", batch_size=batch_size)
+
+    def once() -> list[int]:
+        requests = [Instance(request_type="loglikelihood", doc={}, arguments=(text, f" {label}"), idx=i) for text in texts for i, label in enumerate(LABELS)]
+        scores = [score for score, _ in model.loglikelihood(requests, disable_tqdm=True)]
+        return [max(range(3), key=scores[start : start + 3].__getitem__) for start in range(0, len(scores), 3)]
+
+    return timed(once, repeats)
+
+
+def timed(once, repeats: int) -> tuple[list[float], list[int]]:
+    "Run a pass several times, the first to warm up"
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        decisions = once()
+        seconds.append(round(time.perf_counter() - started, 3))
+    return seconds[1:], decisions
+
+
+def main() -> None:
+    "Time both sides in turn"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--lm-eval", default=sys.executable, help="interpreter with lm_eval")
+    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
+    parser.add_argument("--repeats", type=int, default=1, help="counted passes a turn")
+    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--side", choices=("here", "there"), help=argparse.SUPPRESS)
+    parser.add_argument("--model-dir", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    texts = make_texts(args.questions)
+    if args.side:
+        seconds, decisions = (score_here if args.side == "here" else score_there)(args.model_dir, texts, args.batch_size, args.repeats)
+        print("RESULT" + json.dumps({"seconds": seconds, "decisions": decisions}))
+        return
+    from medibuddy.hardware import describe_environment
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    versions = subprocess.run([args.lm_eval, "-c", "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('lm_eval', 'torch', 'transformers')), sep=', ')"], check=True, capture_output=True, text=True).stdout.strip()
+    results = {"environment": describe_environment(), "lm_eval": versions, "load_at_start": os.getloadavg(), "questions": args.questions, "batch_size": args.batch_size, "models": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model_dir in make_models(Path(folder)).items():
+            if name not in args.models:
+                continue
+            found = {"here": {"seconds": []}, "there": {"seconds": []}}
+            for _ in range(args.rounds):
+                for side, python in (("there", args.lm_eval), ("here", sys.executable)):
+                    command = [python, __file__, "--side", side, "--model-dir", str(model_dir), "--questions", str(args.questions), "--batch-size", str(args.batch_size), "--repeats", str(args.repeats)]
+                    output = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
+                    part = json.loads(output.split("RESULT")[-1])
+                    found[side]["seconds"] += part["seconds"]
+                    found[side]["decisions"] = part["decisions"]
+            unlike = sum(a != b for a, b in zip(found["here"].pop("decisions"), found["there"].pop("decisions"), strict=True))
+            if unlike > args.questions / 200:
+                raise SystemExit(f"{name}: {unlike} of {args.questions} decisions differ; the two sides do not do the same work.")
+            ratio = statistics.median(found["there"]["seconds"]) / statistics.median(found["here"]["seconds"])
+            results["models"][name] = {"medibuddy_seconds": found["here"]["seconds"], "lm_eval_seconds": found["there"]["seconds"], "times_faster": round(ratio, 2), "decisions_that_differ": unlike}
+            print(f"{name}: lm-eval {statistics.median(found['there']['seconds']):.2f} s, medibuddy {statistics.median(found['here']['seconds']):.2f} s: {ratio:.2f} times faster; {unlike} decisions differ")
+    results["load_at_end"] = os.getloadavg()
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
