@@ -71,7 +71,7 @@ def finished_run(tmp_path_factory) -> Path:
     rows = folder / "rows.json"
     rows.write_text(json.dumps(pubmedqa_rows()), encoding="utf-8")
     run = folder / "run"
-    options = ["--set", "max_steps=4", "--set", "checkpoint_every=2", "--set", "test_fraction=0.3", "--set", "max_new_tokens=24"]
+    options = ["--set", "max_steps=4", "--set", "checkpoint_every=2", "--set", "test_fraction=0.3", "--set", "max_new_tokens=24", "--set", "perplexity=true"]
     for command in (["train", "--data", rows, "--shape", "pubmedqa", "--run", run, *options], ["evaluate", run], ["compare", run], ["report", run]):
         done = medibuddy(*command)
         assert done.returncode == 0, done.stderr

@@ -59,7 +59,7 @@ def test_a_run_with_general_tasks_tells_and_verifies(tmp_path):
     found = read_json(run / "general.json")
     assert found["n"] == 60 and "General skill" in (run / "report.md").read_text(encoding="utf-8") and verify(run).ok
     rows = read_jsonl(run / "generations" / "general-tuned.jsonl")
-    write_jsonl(run / "generations" / "general-tuned.jsonl", [row | {"text": done(task), "stop_reason": "stop"} for row, task in zip(rows, TASKS, strict=True)])
+    write_jsonl(run / "generations" / "general-tuned.jsonl", [row | {"text": f"\n</think>\n\n{done(task)}", "stop_reason": "stop"} for row, task in zip(rows, TASKS, strict=True)])
     manifest = Run(run)
     manifest.record_files(["generations/general-tuned.jsonl"])
     manifest.save()

@@ -81,7 +81,7 @@ REFUSED = {
     "a scheduler without what it needs": (["scheduler=cosine_with_min_lr"], "needs `min_lr` or `min_lr_rate`"),
     "a scheduler's option that is no number": (["scheduler=cosine_with_min_lr", "scheduler_options=min_lr_rate=low"], "min_lr_rate=0.1"),
     "an unknown optimizer": (["optimizer=adamw8bit"], "Did you mean `adamw_8bit`?"),
-    "the best of checkpoints that were not evaluated": (["keep_best=true", "evaluate_every=30"], "multiples of `train.evaluate_every`"),
+    "the best of checkpoints that were not evaluated": (["keep_best=true", "evaluate_every=40"], "multiples of `train.evaluate_every`"),
 }
 
 

@@ -235,4 +235,4 @@ def test_what_is_trained_is_shown_before_the_first_step(call, rows_file, tmp_pat
     assert status == 0, err
     shown = err[err.index("tokens are trained, between [[ and ]]"):].partition("\n")[2]
     assert "Final decision:" in shown[shown.index("[["):shown.index("recipe tiny:")]  # the answer is trained, the question is not
-    assert "parameters train" in shown and "1 steps of 8 x 1 rows" in shown and shown.index("parameters train") < shown.index("precision: base float32")
+    assert "parameters train" in shown and "1 steps of 4 x 1 rows" in shown and shown.index("parameters train") < shown.index("precision: base float32")
