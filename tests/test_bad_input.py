@@ -45,6 +45,15 @@ def test_a_missing_file_offers_the_nearest(call, tmp_path, rows_file):
     assert status == 2 and "row.json" in err and "rows.json" in one_message(err)
 
 
+def test_the_corrected_command_may_use_the_same_folder(call, tmp_path, rows_file):
+    assert train(call, tmp_path / "row.json", tmp_path / "run")[0] == 2
+    status, _, err = call("prepare", "--data", rows_file, "--shape", "pubmedqa", "--run", tmp_path / "run", "--set", "test_fraction=0.3")
+    assert status == 0, err
+    assert str(rows_file) in (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8")
+    status, _, err = train(call, tmp_path / "row.json", tmp_path / "run")  # now it holds rows
+    assert status == 2 and "belongs to another recipe" in one_message(err)
+
+
 def test_the_wrong_shape_suggests_the_right_one(call, tmp_path, rows_file):
     status, _, err = train(call, rows_file, tmp_path / "run", shape="healthcaremagic")
     assert status == 2 and "pubmedqa" in one_message(err)
