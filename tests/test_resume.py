@@ -26,7 +26,9 @@ def command(rows: Path, run: Path) -> list[str]:
 
 def start(rows: Path, run: Path) -> subprocess.Popen:
     "Start the training command"
-    return subprocess.Popen([sys.executable, "-m", "medibuddy", *command(rows, run)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # started in the background, these tests would hand on that Ctrl-C is ignored; a user's terminal does not
+    listen = {} if sys.platform == "win32" else {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen([sys.executable, "-m", "medibuddy", *command(rows, run)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **listen)
 
 
 def adapter_hash(run: Path) -> str:
