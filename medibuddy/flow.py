@@ -224,10 +224,10 @@ def training_rows(
     recipe: Recipe,
 ) -> tuple[Any, list[list]]:  # tokenizer; training and validation rows, encoded
     "Encode the rows that were prepared"
-    from medibuddy.data.chat import encode_all
+    from medibuddy.data.prepare import encoded_rows
 
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
-    return tokenizer, [encode_all(read_split(run, name), tokenizer, recipe.model.max_seq_length)[0] for name in ("train", "validation")]
+    return tokenizer, [encoded_rows(recipe, read_split(run, name)) for name in ("train", "validation")]
 
 # %% ../nbs/api/80_flow.ipynb #4ce99668
 def train(
