@@ -78,7 +78,7 @@ def test_init_refuses_a_folder_with_content_and_unknown_recipes(call, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_a_killed_init_leaves_nothing_under_the_name(tmp_path):
     "Killed at several moments: the folder is whole or not there"
-    for moment in (0.0, 0.02, 0.05, 0.1, 0.2):
+    for moment in (0.0, 0.02, 0.05, 0.1, 0.3, 1, 10):
         process = subprocess.Popen([sys.executable, "-c", f"from medibuddy.commands.project import init; print('go', flush=True); init({str(tmp_path / 'p')!r})"], env=environment(), stdout=subprocess.PIPE)
         process.stdout.readline()
         time.sleep(moment)
@@ -88,7 +88,7 @@ def test_a_killed_init_leaves_nothing_under_the_name(tmp_path):
             assert len([p for p in (tmp_path / "p").rglob("*") if p.is_file()]) == 8
             break
     else:
-        pytest.fail("never finished within 0.2 seconds")
+        pytest.fail("never finished within ten seconds")
 
 
 def test_a_full_disk_leaves_no_half_project(tmp_path, monkeypatch):
