@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jupytext
 import nbformat
 import psutil
 import pytest
@@ -127,6 +128,14 @@ def test_nothing_runs_before_the_parameters_are_checked(name):
     assert "welcome()" in code[0].source and "parameters" in code[1].metadata.get("tags", [])
     assert all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(code[2].source).body)
     assert code[3].source.startswith("given = read_parameters(") or "read_parameters(" in code[3].source.split("\n")[0]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_text_for_review_and_back(name):
+    "jupytext's text, as CONTRIBUTING.md makes it, holds everything that a notebook holds"
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    again = jupytext.reads(jupytext.writes(notebook, fmt="py:percent"), fmt="py:percent")
+    assert [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in again.cells] == [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in notebook.cells]
 
 
 # Wrong parameters
