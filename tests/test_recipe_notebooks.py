@@ -93,7 +93,7 @@ def test_header_badge_install_and_clean(name):
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert "welcome()" in code[0].source and "pip" in code[0].source
     assert all(not cell.outputs and cell.execution_count is None for cell in code), "outputs are not committed"
-    assert re.search(r"show_(run|runs|splits)\(", code[-1].source), "ends with the comparison"
+    assert re.search(r"show_(run|runs|splits|table)\(", code[-1].source), "ends with the comparison"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -283,3 +283,16 @@ def test_data_exploration_of_a_file(small, tmp_path):
     status, output = papermill(FOLDER / "data_exploration.ipynb", tmp_path, "-p", "recipe", "tiny", *small[:6], "-p", "rows_shown", 1)
     assert status == 0, output[-3000:]
     assert "answered yes" in shown(tmp_path, "data_exploration") and pictures(tmp_path, "data_exploration") >= 4
+
+
+def test_a_conversation(undisturbed, tmp_path):
+    pytest.importorskip("medibuddy.chat.session", reason="this installation has no chat")
+    options = ["-p", "recipe", "tiny", "-p", "finished_run", only_run(undisturbed), "-p", "max_new_tokens", 12]
+    for _ in range(2):  # the second time everything was said already
+        status, output = papermill(FOLDER / "chat.ipynb", tmp_path, *options)
+        assert status == 0, output[-3000:]
+    (transcript,) = only_run(undisturbed).parent.glob("*-chat.jsonl")
+    assert sum(json.loads(line)["role"] == "user" for line in transcript.read_text().splitlines()) == 3
+    text = shown(tmp_path, "chat")
+    assert "| safety |" in text and "Is ibuprofen used for fever?" in text
+    transcript.unlink()

@@ -66,7 +66,7 @@ def check_own(
     if isinstance(kind, list):
         if value is None and None in kind:
             return None
-        items = value.split(",") if isinstance(value, str) else value
+        items = ([value] if kind[0] is str else value.split(",")) if isinstance(value, str) else value
         require_list(name, items)
         return [check_own(name, item, kind[0]) for item in items]
     try:

@@ -32,7 +32,7 @@ def table_text(
     rows: Sequence[Sequence[Any]],
 ) -> str:  # Markdown
     "Spell a table"
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    return "\n".join(f"| {' | '.join(str(cell).strip().replace('|', '&#124;').replace(chr(10), '<br>') for cell in cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def show_table(
