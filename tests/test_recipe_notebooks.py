@@ -280,7 +280,7 @@ def test_results_analysis_takes_up_a_finished_run(undisturbed, small):
 
 
 def test_data_exploration_of_a_file(small, tmp_path):
-    status, output = papermill(FOLDER / "data_exploration.ipynb", tmp_path, "-p", "recipe", "tiny", *small[:6], "-p", "rows_shown", 1)
+    status, output = papermill(FOLDER / "data_exploration.ipynb", tmp_path, "-p", "recipe", "tiny", *small[:9], "-p", "rows_shown", 1)
     assert status == 0, output[-3000:]
     assert "answered yes" in shown(tmp_path, "data_exploration") and pictures(tmp_path, "data_exploration") >= 4
 

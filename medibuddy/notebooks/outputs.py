@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 from ..data.phi import find_phi
@@ -88,6 +89,11 @@ class GuardedSend:
     ) -> Any:
         "Scrub a message's content; what cannot be scanned is not sent"
         try:
+            if isinstance(content, Mapping) and content.get("traceback"):
+                # frames are code, in which `name: str` is no person; data is in the last entry, the message
+                *frames, last = content["traceback"]
+                frames = [reduce(lambda text, value: text.replace(value, "[SECRET]"), secret_values(), SECRET.sub("[SECRET]", frame)) for frame in frames]
+                return scrub_nested({**content, "traceback": [last]}, self.found, secret_values()) | {"traceback": [*frames, scrub_nested(last, Counter(), secret_values())]}
             return scrub_nested(content, self.found, secret_values())
         except Exception as error:  # an output that nobody read must not slip through because the reader fell over
             return {"name": "stderr", "text": f"[an output was withheld: it could not be scanned ({type(error).__name__})]\n", "data": {}, "metadata": {}}
