@@ -33,7 +33,7 @@ setup(
     license="Apache-2.0",
     keywords=settings["keywords"],
     packages=find_packages(include=["medibuddy", "medibuddy.*"]),
-    package_data={"": ["*.yaml", "*.json", "*.jsonl", "*.jinja", "*.safetensors", "*.md", "*.txt"], "medibuddy": ["recipes/*.yaml", "embedded/*/*"]},
+    package_data={"": ["*.yaml", "*.json", "*.jsonl", "*.jinja", "*.safetensors", "*.md", "*.txt"], "medibuddy": ["recipes/*.yaml", "embedded/*/*", "project/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,
