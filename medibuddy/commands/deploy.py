@@ -75,9 +75,8 @@ def serve_command(
     as_json: JsonOption = False,
 ) -> None:
     "Serve base and tuned model with an OpenAI-style API, until Ctrl-C. A few test questions prove that the tuned one answers."
-    import shlex
+    from medibuddy.deploy.serve import serve, spell
 
-    from medibuddy.deploy.serve import serve
-
-    server = serve(which_run(run, run_option), wait, dry_run, engine=engine, merged=merged, host=host, port=port, python=python, with_key=not no_key)
-    show({"engine": server.engine, "command": server.command, "url": server.url, "models": server.models}, shlex.join(server.command), as_json)
+    path = which_run(run, run_option)
+    server = serve(path, wait, dry_run, engine=engine, merged=merged, host=host, port=port, python=python, with_key=not no_key)
+    show({"engine": server.engine, "command": server.command, "url": server.url, "models": server.models}, spell(server, path), as_json)
