@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import environment, medibuddy
+from tuned_run import make_tuned_run
 
 from medibuddy.data.chat import user_text
 from medibuddy.data.example import Example
@@ -58,12 +59,7 @@ def run(finished_run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     "A run tuned long enough that it answers otherwise than its base model"
-    path = tmp_path_factory.mktemp("tuned") / "run"
-    settings = [part for setting in ("max_steps=120", "limit=900", "max_new_tokens=48", "max_seq_length=256", "perplexity=false") for part in ("--set", setting)]
-    for command in (["train", "--run", path, *settings], ["evaluate", path], ["export", path, "--form", "merged"]):
-        done = medibuddy(*command)
-        assert done.returncode == 0, done.stderr[-3000:]
-    return path
+    return make_tuned_run(tmp_path_factory.mktemp("tuned") / "run")
 
 
 # Before anything starts
