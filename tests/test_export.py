@@ -4,8 +4,11 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -167,6 +170,46 @@ def test_a_full_disk_leaves_nothing(run):
     done = subprocess.run([sys.executable, "-m", "medibuddy", "export", str(run), "--form", "merged"], capture_output=True, text=True, env=environment(), preexec_fn=limit)
     assert done.returncode == 1 and "free some space" in done.stderr, done.stderr
     assert not list((run / "export").rglob("*.safetensors"))
+
+
+def test_a_killed_export_leaves_nothing_half_written(run):
+    shutil.rmtree(run / "export")
+    started = subprocess.Popen([sys.executable, "-m", "medibuddy", "export", str(run), "--form", "merged"], stderr=subprocess.PIPE, env=environment())
+    end = time.monotonic() + 120
+    while not list((run).rglob("export/.merged.*.tmp/*")):
+        assert started.poll() is None and time.monotonic() < end, started.stderr.read()
+        time.sleep(0.002)
+    os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+    started.stderr.close()
+    assert not (run / "export/merged").exists()
+    assert export(run, ["merged"])["merged"]["parity"]["texts_equal"] == 8
+    assert [file.name for file in (run / "export").iterdir()] == ["merged"]
+
+
+def test_two_exports_at_once_do_not_meet(call, run):
+    from medibuddy.run import locked
+
+    with locked(run):
+        status, _, errors = call("export", run)
+    assert status == 2 and "another medibuddy process" in errors
+
+
+@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="no bitsandbytes: pip install bitsandbytes==0.50.2")
+def test_an_adapter_trained_on_four_bits_is_merged_onto_sixteen(tmp_path, rows_file):
+    run = tmp_path / "run"
+    settings = [part for setting in ("max_steps=30", "quantization=4bit", "backend=peft", "test_fraction=0.3", "max_new_tokens=24") for part in ("--set", setting)]
+    done = medibuddy("train", "--data", rows_file, "--shape", "pubmedqa", "--run", run, *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = export(run, ["merged"])["merged"]
+    assert record["parity"]["lost"] < 0.1 and 0 < record["parity"]["lost_to_quantised"] < 5
+    base, merged = load_file(EMBEDDED_MODEL / "model.safetensors"), load_file(run / "export/merged/model.safetensors")
+    adapter, config = load_file(run / "adapter/adapter_model.safetensors"), json.loads((run / "adapter/adapter_config.json").read_text())
+    name = "model.layers.2.mlp.up_proj"
+    delta = config["lora_alpha"] / config["r"] * adapter[f"base_model.model.{name}.lora_B.weight"].float() @ adapter[f"base_model.model.{name}.lora_A.weight"].float()
+    assert delta.abs().max() > 1e-4 and torch.allclose(merged[f"{name}.weight"].float(), base[f"{name}.weight"].float() + delta, atol=1e-3)
+    assert "quantization_config" not in json.loads((run / "export/merged/config.json").read_text())
+    assert "quantised base weights" in (run / "export/merged/README.md").read_text(encoding="utf-8")
 
 
 BIG = """
