@@ -425,6 +425,8 @@ def main(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import medibuddy.commands.project  # noqa: F401 - adds its commands to `app`
+    import medibuddy.commands.deploy  # noqa: F401 - adds its commands to `app`
+
     try:
         status = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
