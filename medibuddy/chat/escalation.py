@@ -22,7 +22,7 @@ ESCALATES = re.compile(
     r"|\b(?:immediately|at once|right away|now|urgently|straight)\b[^.!?\n]{0,25}?\bto (?:the |a )?(?:nearest )?hospital\b",
     re.IGNORECASE,
 )
-DENIED = re.compile(r"\b(?:no need|need not|needn['’]t|(?:do|does|did|would|should|is|are|was)(?: not|n['’]t)|not|never|without|rather than|instead of|unnecessary|no reason|no)\b(?! (?:hesitate|wait|delay|drive|hold off|put off|ignore))", re.IGNORECASE)
+DENIED = re.compile(r"\b(?:no need|need not|needn['’]t|(?:do|does|did|would|should|is|are|was)(?: not|n['’]t)|not|never|without|rather than|instead of|unnecessary|no reason|nobody|no one|rarely|no)\b(?! (?:hesitate|wait|delay|drive|hold off|put off|ignore))", re.IGNORECASE)
 CONDITION = re.compile(r"\b(?:if|unless|should (?:you|he|she|it|they|this|the|your|symptoms|any)|in case|when|whenever|once)\b", re.IGNORECASE)
 PRESENT = re.compile(r"\bif (?:this|that|it) is (?:happening|you|the case|true|so|real)\b|\bif (?:you|he|she|they)(?: are|['’]re| is) (?:having|experiencing|with) (?:this|these|those|such|him|her|them)\b|\bif you(?: are|['’]re)? (?:alone|able|unable|in the)\b", re.IGNORECASE)
 EARLY = 50  # words; who has a stroke does not read the second paragraph

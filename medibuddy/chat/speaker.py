@@ -29,7 +29,8 @@ def without_controls(
 ) -> str:
     "An answer as it may stand in a later prompt: think tags stay, special tokens go"
     special = set(tokenizer.convert_ids_to_tokens(sorted(frame.control_ids)))
-    return frame.control.sub(lambda match: "" if match[0] in special else match[0], text).strip()
+    kept = frame.control.sub(lambda match: "" if match[0] in special else match[0], text).rstrip()
+    return kept if frame.thought_open else kept.lstrip()  # an empty thought is trained as a line end before "</think>"
 
 
 def conversation_tokens(

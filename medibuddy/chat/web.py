@@ -153,7 +153,7 @@ def make_page(
 ) -> Any:  # `gradio.Blocks`
     "Build the page"
     gr = import_gradio()
-    chat = partial(gr.Chatbot, height="55vh", buttons=["copy"], latex_delimiters=[], sanitize_html=True, allow_tags=False)
+    chat = partial(gr.Chatbot, height="55vh", buttons=["copy"], latex_delimiters=[], sanitize_html=True, allow_tags=False, allow_file_downloads=False)
     with gr.Blocks(title="medibuddy chat (research only)", analytics_enabled=False) as page:
         gr.HTML(f'<div class="notice" role="note" aria-label="Disclaimer">{html.escape(DISCLAIMER)}</div>')
         gr.Markdown("# Talk to the tuned model")
@@ -208,7 +208,7 @@ def serve_page(
     page = make_page(load_speaker(run_dir, max_new_tokens))
     try:
         page.queue(max_size=64).launch(
-            server_name=host, server_port=port, auth=partial(may_enter, password) if password else None, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False, enable_monitoring=False, footer_links=[],
+            server_name=host, server_port=port, auth=partial(may_enter, password) if password else None, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False, enable_monitoring=False, footer_links=[], run_history=False,
             max_file_size="1kb", css=STYLE, theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), app_kwargs={"middleware": [Middleware(Policy)]},
         )
     except OSError as error:
