@@ -15,6 +15,7 @@ import pytest
 from conftest import environment, medibuddy
 
 from medibuddy.chat.session import Piece, Session, open_transcript, read_transcript
+from medibuddy.chat.terminal import read_lines
 from medibuddy.chat.web import reply
 from medibuddy.chat.speaker import Speaker, conversation_tokens, load_speaker
 from medibuddy.data.chat import encode_chat, user_text
@@ -259,25 +260,60 @@ def test_no_run_no_chat(call, tmp_path):
     assert status == 2 and "does not exist" in error
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of a terminal")
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of Unix")
 def test_control_c_stops_the_answer_and_a_kill_loses_no_finished_turn(finished_run, tmp_path):
+    import pty
+
     path = tmp_path / "kept.jsonl"
-    command = [sys.executable, "-m", "medibuddy", "chat", str(finished_run), "--max-new-tokens", "900", "--transcript", str(path)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process, terminal = pty.fork()
+    if not process:
+        os.execve(sys.executable, [sys.executable, "-m", "medibuddy", "chat", str(finished_run), "--max-new-tokens", "900", "--transcript", str(path)], environment(TERM="xterm"))
+    shown = bytearray()
+    threading.Thread(target=drain, args=(terminal, shown), daemon=True).start()
     try:
-        process.stdin.write(b"Tell me about aspirin.\n")
-        process.stdin.flush()
-        os.read(process.stdout.fileno(), 10)
-        process.send_signal(signal.SIGINT)
-        rows = wait_for(path, lambda rows: rows[-1]["role"] == "assistant")
-        assert rows[-1]["stop_reason"] == "stopped" and process.poll() is None
-        process.stdin.write(b"And insulin?\n")
-        process.stdin.flush()
+        for attempt in range(8):  # a short answer may be over before the key is read
+            os.write(terminal, f"Tell me about aspirin, part {attempt}.\n".encode())
+            wait_for(path, lambda rows: rows[-1]["role"] == "user" and rows[-1]["content"].endswith(f"{attempt}."))
+            os.write(terminal, b"\x03")  # Ctrl-C, as a keyboard sends it
+            rows = wait_for(path, lambda rows: rows[-1]["role"] == "assistant")
+            if rows[-1]["stop_reason"] == "stopped":
+                break
+        assert rows[-1]["stop_reason"] == "stopped"
+        os.write(terminal, b"And insulin?\n")
         wait_for(path, lambda rows: rows[-1]["role"] == "user" and rows[-1]["content"] == "And insulin?")
     finally:
-        process.kill()
-        process.communicate()
-    assert [exchange.message for exchange in read_transcript(path)] == ["Tell me about aspirin."]
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    assert b"(stopped)" in shown and b"Traceback" not in shown
+    assert [exchange.message for exchange in read_transcript(path)][: attempt + 1] == [f"Tell me about aspirin, part {n}." for n in range(attempt + 1)]
+
+
+def drain(terminal: int, shown: bytearray) -> None:
+    "Take what a terminal shows, or the process that writes would wait"
+    try:
+        while part := os.read(terminal, 4096):
+            shown += part
+    except OSError:  # its process is gone
+        pass
+
+
+def test_control_d_leaves_and_control_c_at_the_prompt_does_not(monkeypatch, capsys):
+    typed = iter(["Hello", KeyboardInterrupt(), "Again", EOFError()])
+
+    def answer(prompt):
+        value = next(typed)
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    monkeypatch.setattr("builtins.input", answer)
+    assert list(read_lines(True)) == ["Hello", "Again"]
+    assert "Ctrl-D" in capsys.readouterr().err
+
+
+def test_the_page_takes_no_options_of_the_terminal(call, finished_run):
+    status, _, error = call("chat", finished_run, "--web", "--transcript", "x.jsonl")
+    assert status == 2 and "--transcript is for the terminal" in error
 
 
 def wait_for(path: Path, ready) -> list[dict]:

@@ -32,7 +32,11 @@ def chat_command(
     path = which_run(run, run_option)
     if web:
         from medibuddy.chat.web import serve_page
+        from medibuddy.run import UsageError
 
+        given = [name for name, value in (("--transcript", transcript), ("--hide-reasoning", hide_reasoning), ("--json", as_json)) if value]
+        if given:
+            raise UsageError(f"{given[0]} is for the terminal; the page folds reasoning and keeps nothing. Leave it out with --web.")
         serve_page(path, host, port, password_file, max_new_tokens)
         return
     from medibuddy.chat.session import Session
