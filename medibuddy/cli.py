@@ -421,6 +421,8 @@ def main(
     arguments: list[str] | None = None,  # None takes the process's own
 ) -> None:
     "Run the command line and exit with its status"
+    import medibuddy.commands.chat  # noqa: F401  (adds `chat` and `safety`)
+
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

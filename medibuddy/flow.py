@@ -462,7 +462,7 @@ def report(
 
     with locked_run(run_dir) as (run, _):
         inputs = ["metrics.json", "comparison.json", "generations/base.jsonl", "generations/tuned.jsonl", "log.jsonl", "data/test.jsonl"]
-        inputs += [name for name in ("harness.json", "general.json") if (run.path / name).exists()] + ["resources.jsonl"] * ("resources.jsonl" in run.manifest.get("files", {}))
+        inputs += [name for name in ("harness.json", "general.json", "behaviour.json") if (run.path / name).exists()] + ["resources.jsonl"] * ("resources.jsonl" in run.manifest.get("files", {}))
         with stage(run, "report", [run.manifest.get("stages", {}).get("compare"), run.manifest.get("stages", {}).get("train")], inputs, ["report.md", "report.html", "figures/"]) as facts:
             if facts is not None:
                 write_report(run.path)
