@@ -424,6 +424,8 @@ def main(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import medibuddy.commands.batch  # noqa: F401 - adds its command to `app`
+
     try:
         status = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
