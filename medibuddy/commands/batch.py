@@ -56,7 +56,13 @@ def find_place(
 
     if on is None:
         return None
-    raise UsageError(f"--on {on!r} is no place to run; leave it out for this machine.")
+    place, _, address = on.partition(":")
+    if place == "ray":
+        from medibuddy.cluster.on_ray import RayPlace, ray_settings
+
+        ray_settings(plan)  # before anything is written
+        return lambda folder, threads: RayPlace(plan, folder, threads, address or None, jobs)
+    raise UsageError(f"--on {on!r} is no place to run; give ray or ray:ADDRESS, or leave it out for this machine.")
 
 # %% ../../nbs/api/93_batch_commands.ipynb #7cf20394
 @app.command("batch")
