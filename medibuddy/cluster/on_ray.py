@@ -70,14 +70,13 @@ class RayPlace:
             import ray
         except ImportError:
             raise UsageError("`--on ray` needs Ray: pip install 'ray[default]'.") from None
+        self.ray = ray
         push_inputs(list(self.settings["files"]), plan.path.parent, self.settings["storage"])
         try:
             ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level="warning", **({} if address else {"include_dashboard": False}))
         except (ConnectionError, ValueError) as error:
             raise UsageError(f"no Ray cluster at {address!r}: {error}") from None
-        self.ray = ray
-        gpus, cpus = self.settings["gpus"], self.settings["cpus"]
-        room = ray.cluster_resources()
+        gpus, cpus, room = self.settings["gpus"], self.settings["cpus"], ray.cluster_resources()
         fits = room.get("GPU", 0) // gpus if gpus else room.get("CPU", 0) // cpus if cpus else 1
         self.slots = jobs or max(int(fits), 1)
         kind = {"accelerator_type": self.settings["gpu_kind"]} if self.settings["gpu_kind"] else {}
@@ -87,7 +86,7 @@ class RayPlace:
         self,
         spec: dict,
         folder: Path,  # of the attempt, here
-        slot: int,  # from 0; Ray chooses the node
+        slot: int,  # Ray chooses the node
     ) -> Any:
         "Start an attempt"
         task = make_task(spec, int(folder.name), self.settings["storage"], self.threads)
@@ -95,9 +94,8 @@ class RayPlace:
 
     def poll(self, handle: dict) -> dict | None:
         "The outcome of an attempt, or None while it runs"
-        ready, _ = self.ray.wait([handle["task"]], timeout=0)
         run_folder = handle["folder"].parents[1]
-        if not ready:
+        if not self.ray.wait([handle["task"]], timeout=0)[0]:
             if time.monotonic() - handle["looked"] > self.settings["every"]:
                 handle["looked"] = time.monotonic()
                 fetch_run(self.settings["storage"], handle["spec"]["id"], run_folder, small=True)
@@ -114,5 +112,5 @@ class RayPlace:
         self.ray.cancel(handle["task"], force=True)
         try:
             self.ray.get(handle["task"], timeout=30)
-        except self.ray.exceptions.RayError:  # cancelled
-            return
+        except self.ray.exceptions.RayError:
+            return  # cancelled
