@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,8 @@ def run_batch(
     folder = Path(folder).resolve()
     if jobs is not None and jobs < 1:
         raise UsageError(f"`jobs` is {jobs}; give a number of runs at a time of at least 1.")
+    if find_spec("papermill") is None or find_spec("ipykernel") is None:
+        raise UsageError("a batch needs papermill and ipykernel: pip install 'medibuddy[batch]'.")
     with locked(folder / "ledger"):  # not the folder itself: taking a lock sweeps temporary files, and a worker's must stay until it is ended
         end_processes(folder / "runs")
         write_atomic(folder / "ledger" / "plan.yaml", plan.path.read_text(encoding="utf-8"))

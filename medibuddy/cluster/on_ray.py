@@ -89,11 +89,11 @@ class RayPlace:
         slot: int,  # Ray chooses the node
     ) -> Any:
         "Start an attempt"
-        task = make_task(spec, int(folder.name), self.settings["storage"], self.threads)
-        return {"task": self.remote.remote(task, self.settings["every"]), "spec": spec, "folder": folder, "looked": time.monotonic()}
+        task = self.remote.remote(make_task(spec, int(folder.name), self.settings["storage"], self.threads), self.settings["every"])
+        return {"task": task, "spec": spec, "folder": folder, "looked": time.monotonic()}
 
     def poll(self, handle: dict) -> dict | None:
-        "The outcome of an attempt, or None while it runs"
+        "The outcome, or None while it runs"
         run_folder = handle["folder"].parents[1]
         if not self.ray.wait([handle["task"]], timeout=0)[0]:
             if time.monotonic() - handle["looked"] > self.settings["every"]:
@@ -110,7 +110,4 @@ class RayPlace:
     def stop(self, handle: dict) -> None:
         "End an attempt"
         self.ray.cancel(handle["task"], force=True)
-        try:
-            self.ray.get(handle["task"], timeout=30)
-        except self.ray.exceptions.RayError:
-            return  # cancelled
+        self.ray.wait([handle["task"]], timeout=30)
