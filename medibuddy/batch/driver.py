@@ -123,6 +123,8 @@ def lost_outcome(
 class LocalPlace:
     "Worker processes on this machine"
 
+    pause = 0.1  # seconds between looks
+
     def __init__(
         self,
         jobs: int | None = None,  # runs at a time; None is one for each GPU, or one
@@ -305,7 +307,6 @@ def drive(
     batch: Batch,
     runs: list[PlannedRun],
     look: Callable[["Batch"], list[str]] | None = None,  # names the runs to stop; called after each round of looks
-    pause: float = 0.1,  # seconds between looks
 ) -> None:
     "Bring runs to their end; raises `RunError` when the disk is full"
     waiting = deque(run for run in runs if not batch.settle(run))
@@ -322,7 +323,7 @@ def drive(
             halt(batch, name)
         batch.board.show(batch.states, seconds_left(batch))
         if batch.active:
-            time.sleep(pause)
+            time.sleep(batch.place.pause)
     if batch.full:
         raise RunError(f"the disk is full ({batch.full}). Nothing finished was lost; free some space and run the same command again.")
 

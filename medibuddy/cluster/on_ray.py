@@ -57,6 +57,8 @@ def explain_loss(
 class RayPlace:
     "Tasks on a Ray cluster"
 
+    pause = 0.5  # seconds between looks
+
     def __init__(
         self,
         plan: Plan,
@@ -86,9 +88,9 @@ class RayPlace:
         self,
         spec: dict,
         folder: Path,  # of the attempt, here
-        slot: int,  # Ray chooses the node
+        slot: int,
     ) -> Any:
-        "Start an attempt"
+        "Start an attempt; Ray chooses the node"
         task = self.remote.remote(make_task(spec, int(folder.name), self.settings["storage"], self.threads), self.settings["every"])
         return {"task": task, "spec": spec, "folder": folder, "looked": time.monotonic()}
 

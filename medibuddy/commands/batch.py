@@ -62,7 +62,12 @@ def find_place(
 
         ray_settings(plan)  # before anything is written
         return lambda folder, threads: RayPlace(plan, folder, threads, address or None, jobs)
-    raise UsageError(f"--on {on!r} is no place to run; give ray or ray:ADDRESS, or leave it out for this machine.")
+    if on == "sagemaker":
+        from medibuddy.cluster.on_sagemaker import SageMakerPlace, sagemaker_settings
+
+        sagemaker_settings(plan)
+        return lambda folder, threads: SageMakerPlace(plan, folder, None, jobs)
+    raise UsageError(f"--on {on!r} is no place to run; give ray, ray:ADDRESS or sagemaker, or leave it out for this machine.")
 
 # %% ../../nbs/api/93_batch_commands.ipynb #7cf20394
 @app.command("batch")
