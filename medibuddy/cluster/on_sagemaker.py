@@ -115,7 +115,7 @@ def training_job(
 ) -> Any:  # a ModelTrainer
     "Describe an attempt as a training job"
     from sagemaker.train import ModelTrainer
-    from sagemaker.train.configs import Compute, OutputDataConfig, SourceCode, StoppingCondition
+    from sagemaker.core.training.configs import Compute, OutputDataConfig, SourceCode, StoppingCondition
 
     limit = {"max_runtime_in_seconds": int(settings["hours"] * 3600)} | ({"max_wait_time_in_seconds": int(settings["hours"] * 7200)} if settings["spot"] else {})
     return ModelTrainer(
@@ -166,7 +166,7 @@ class SageMakerPlace:
         slot: int,  # SageMaker chooses the machine
     ) -> Any:
         "Start a training job, or take up the one that a killed batch left"
-        from sagemaker.train.configs import InputData
+        from sagemaker.core.training.configs import InputData
 
         left = left_job(folder, spec["key"])
         if left:
