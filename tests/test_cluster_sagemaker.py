@@ -92,7 +92,7 @@ def as_sagemaker_does(job: dict, root: Path) -> subprocess.CompletedProcess:
     code = root / "input" / "data" / "code"
     assert "run.py" in (root / "input" / "data" / "sm_drivers" / "sourcecode.json").read_text()
     command = "import sys; sys.path.insert(0, '.'); from medibuddy.cluster.container import main; sys.exit(main(sys.argv[1]))"  # run.py, with another folder than /opt/ml
-    return subprocess.run([sys.executable, "-c", command, str(root)], cwd=code, env=os.environ | job["Environment"] | {"PYTHONPATH": ""}, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", command, str(root)], cwd=code, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True, timeout=120)
 
 
 def test_a_run_as_a_training_job(aws, tmp_path):

@@ -33,10 +33,10 @@ def read_task(
 
 
 def fetch_secrets(
-    names: str | None,  # JSON: environment variable -> name in AWS Secrets Manager; None fetches nothing
+    names: dict[str, str],  # environment variable -> name in AWS Secrets Manager
 ) -> None:
     "Put secrets from the platform's store into the environment; raises `RunError` naming the one that cannot be had"
-    for variable, name in json.loads(names or "{}").items():
+    for variable, name in names.items():
         import boto3
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -53,8 +53,9 @@ def main(
     root, code = Path(root), str(Path(medibuddy.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])])  # for the kernel, which starts elsewhere
     try:
-        fetch_secrets(os.environ.get("MEDIBUDDY_SECRETS"))
-        outcome = run_task(read_task(root))
+        task = read_task(root)
+        fetch_secrets(task.get("secrets", {}))
+        outcome = run_task(task)
     except (UsageError, RunError) as error:
         outcome = {"state": "failed", "error": str(error)}
     if outcome["state"] != "done":

@@ -124,7 +124,6 @@ def training_job(
         compute=Compute(instance_type=settings["instance_type"], instance_count=1, volume_size_in_gb=int(settings["volume_gb"]), enable_managed_spot_training=bool(settings["spot"])),
         stopping_condition=StoppingCondition(**limit), output_data_config=OutputDataConfig(s3_output_path=f"{settings['storage']}/jobs"),
         hyperparameters={name: json.dumps(value) for name, value in spec["parameters"].items()},
-        environment={"MEDIBUDDY_SECRETS": json.dumps(settings["secrets"])} if settings["secrets"] else {},
     )
 
 # %% ../../nbs/api/71d_cluster_sagemaker.ipynb #8fe2aa96
@@ -173,7 +172,8 @@ class SageMakerPlace:
             return {"job": read_json(left / "job.json")["job"], "spec": spec, "folder": left}
         place = f"{self.settings['storage']}/tasks/{spec['id']}/{folder.name}"
         system, path = open_storage(place)
-        system.pipe_file(f"{path}/task.json", json.dumps(make_task(spec, int(folder.name), self.settings["storage"], self.threads)).encode())
+        task = make_task(spec, int(folder.name), self.settings["storage"], self.threads) | {"secrets": self.settings["secrets"]}
+        system.pipe_file(f"{path}/task.json", json.dumps(task).encode())
         trainer = training_job(self.settings, self.session, self.source, spec)
         trainer.train(input_data_config=[InputData(channel_name="task", data_source=place)], wait=False, logs=False)
         job = trainer._latest_training_job.training_job_name
