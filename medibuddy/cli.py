@@ -428,6 +428,7 @@ def main(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import medibuddy.commands.project  # noqa: F401 - adds its commands to `app`
     import medibuddy.commands.deploy  # noqa: F401 - adds its commands to `app`
+    import medibuddy.commands.batch  # noqa: F401 - adds its command to `app`
 
     try:
         status = app(arguments, standalone_mode=False)
