@@ -47,8 +47,8 @@ MARKER = re.compile(
     re.IGNORECASE,
 )
 ABOUT = rf" (?:to|on|for|of) (?:the|this|your|that) (?:[a-z]{{1,12}} )?{either('question|abstract|study|case|passage|article|paper')}(?:,? (?:based on|given|from) [^,.\n]{{1,40}}?(?=,| is ),?)?| to whether [^,.;:!?\n]{{1,90}}?(?= is )"
-ASIDE = r", (?:in short|then|therefore|thus|however|in brief|without (?:a |any )?doubt|of course|in my view|based on [^,.\n]{1,40}),"
-IS = either("isn['’]t|is|must be|remains|has to be|would have to be|can only be|will have to be|ought to be|would be|should be|will be|cannot be|can['’]t be|es|est|ist|è|é")
+ASIDE = r", (?:in short|then|therefore|thus|however|in brief|without (?:a |any )?doubt|of course|in my view|(?:after|having) (?:weigh|consider|read|review)[^,.\n]{1,40}|based on [^,.\n]{1,40}),"
+IS = either("isn['’]t|is|must be|remains|has to be|would have to be|can only be|will have to be|ought to be|would be|should be|will be|cannot be|can['’]t be|es|est|ist|è|é", "would (?:therefore|thus|then|hence) be")
 FIRMLY = either("clear|firm|definite|resounding|unequivocal|emphatic|unqualified|unambiguous|unreserved|categorical|straightforward|simple|plain|outright|flat|strong")
 LINK = re.compile(
     rf"(?P<gap>(?:\s?[\[(][^\])\n]{{1,40}}[\])](?=\s{{0,2}}[:：])|{ABOUT}| here| on this|{ASIDE})?(?:{OPEN}(?:{IS}(?!\w)|:|：|=>|->|=|[→➜➔⇒⟶]|是|为|选|[-–—](?=\s)|\|)){{0,3}}(?:{ASIDE})?{OPEN})"
@@ -109,8 +109,8 @@ CHOSEN = re.compile(
 )
 SO = either("so|therefore|thus|hence|consequently|accordingly|∴")
 ONLY_ONE = either("it is|it's|it’s|it must be|must be|go with|letter:|leaving", "eliminating [^.\\n]{1,60} leaves", "(?:this|that|which) leaves", "by (?:elimination|exclusion)[,:]")
-LEFT_OVER = re.compile(rf"(?:^|(?<=[.!?\n,;])) {{0,3}}(?:{SO},? (?:it (?:is|must be) |the answer is )?|{ONLY_ONE}(?: only| us with)? )(?:option |choice )?[(*]{{0,3}}", re.IGNORECASE)
-SUPPORTED = re.compile(r"\b(?:supports?|points? to|favou?rs?|suggests?|warrants?|justif(?:y|ies))(?: an?| the)?(?: (?:answer|decision|label|conclusion) of)? [*_]{0,2}[\"“‘][*_]{0,2}", re.IGNORECASE)
+LEFT_OVER = re.compile(rf"(?:^|(?<=[.!?\n,;])) {{0,3}}(?:{SO},? (?:it (?:is|must be) |the answer is )?|(?:I (?:think|believe|would say) (?:that )?)?{ONLY_ONE}(?: only| us with)? )(?:option |choice )?[(*]{{0,3}}", re.IGNORECASE)
+SUPPORTED = re.compile(r"\b(?:supports?|points? to|favou?rs?|suggests?|warrants?|justif(?:y|ies))(?: an?| the)?(?: (?:answer|decision|label|conclusion) of)? [*_]{0,2}[\"“‘'][*_]{0,2}", re.IGNORECASE)
 CORRESPONDS = re.compile(
     rf"(?:^|(?<=[.!?\n])) {{0,3}}(?:(?:so|thus|therefore|hence),? )?(?:this|that|it|which) (?:clearly |best )?(?:corresponds to|matches|fits|means) (?:the )?(?:option|choice|answer) (?:choice )?[(*]{{0,3}}"
     rf"|\b(?:most likely|best|most appropriate|correct|right)\b[^.!?\n]{{1,60}}, which (?:is|corresponds to|matches) (?:option|choice|answer) [(*]{{0,3}}", re.IGNORECASE)
@@ -138,7 +138,7 @@ def phrase_claims(
     if spelled.letters:
         patterns += [(OPTION_IS, "option statement", IS_RIGHT), (LEFT_OVER, "closing sentence", LETTER_OVER), (CORRESPONDS, "corresponding option", LETTER_OVER), (IMPERATIVE, "choice", LETTER_OVER)]
     else:
-        patterns += [(SUPPORTED, "supported label", re.compile(r"[*_]{0,2}[\"”’]")), (CHECKED, "checked box", re.compile(r"[ *_.]{0,4}(?:\n|$)")), (CALLED, "verdict sentence", SENTENCE_OVER)]
+        patterns += [(SUPPORTED, "supported label", re.compile(r"[*_]{0,2}[\"”’']")), (CHECKED, "checked box", re.compile(r"[ *_.]{0,4}(?:\n|$)")), (CALLED, "verdict sentence", SENTENCE_OVER)]
     for pattern, rule, after in patterns:
         for phrase in pattern.finditer(text, here):
             value = spelled.value.match(text, phrase.end())
@@ -217,7 +217,7 @@ def opening_claim(
 
 # %% ../../nbs/api/40f_statements.ipynb #e83edf11
 CLOSING = re.compile(
-    rf"(?:^|(?<=[.!?\n,;])) {{0,3}}(?:{SO}|{either('all things considered|in the end|there is no doubt|there is no question|there is no doubt about it|there is no question about it|without a doubt|beyond doubt|in short|in brief|in conclusion|in summary|in sum|in a word|in one word|without hesitation|overall|on balance|tl;dr|bottom line|to conclude|all in all|altogether|sadly|unfortunately', 'to (?:answer|address) (?:the|your|this) question(?: directly)?', '(?:so|thus),? in short', 'considering (?:all )?(?:the above|this|these)', 'i(?:.m| am) (?:confident|sure|certain)', 'in (?:my|our) (?:opinion|view|judgement|judgment)', '(?:from|based on|according to|given|judging by) (?:the|these|this) (?:data|abstract|results|findings|evidence|study|text|passage|information|context)(?: (?:presented|provided|given|above|alone))?', 'if (?:I )?(?:had to choose|forced to choose|pressed|must choose)')})"
+    rf"(?:^|(?<=[.!?\n,;])) {{0,3}}(?:{SO}|{either('all things considered|in the end|all told|there is no doubt|there is no question|there is no doubt about it|there is no question about it|without a doubt|beyond doubt|in short|in brief|in conclusion|in summary|in sum|in a word|in one word|without hesitation|overall|on balance|tl;dr|bottom line|to conclude|all in all|altogether|sadly|unfortunately', 'to (?:answer|address) (?:the|your|this) question(?: directly)?', '(?:so|thus),? in short', 'considering (?:all )?(?:the above|this|these)', 'i(?:.m| am) (?:confident|sure|certain)', 'in (?:my|our) (?:opinion|view|judgement|judgment)', '(?:from|based on|according to|given|judging by) (?:the|these|this) (?:data|abstract|results|findings|evidence|study|text|passage|information|context)(?: (?:presented|provided|given|above|alone))?', 'if (?:I )?(?:had to choose|forced to choose|pressed|must choose)')})"
     rf"(?:[,:] ?| [—–-] | )[*_\"'“]{{0,3}}",
     re.IGNORECASE,
 )
@@ -254,7 +254,7 @@ def last_line_claim(
 
 # %% ../../nbs/api/40f_statements.ipynb #9c3ac989
 ASKS = "Is|Are|Was|Were|Do|Does|Did|Can|Could|Should|Would|Will|Has|Have|Had|May|Might|Must|In|Among|For|After|At|Yes or no|(?:(?:So|And) )?(?:[Tt]he|[Mm]y) (?:final )?(?:answer|decision|verdict|conclusion)"  # "Significant? No." answers another question
-ANSWERED = re.compile(rf"\s{{0,20}}(?:Q(?:uestion)?: ?)?(?:{ASKS})\b[^.!?\n]{{0,300}}\?[\"”*)]{{0,3}}\s{{1,3}}[*_]{{0,3}}")
+ANSWERED = re.compile(rf"\s{{0,20}}(?:Q(?:uestion)?: ?)?(?:{ASKS})\b(?! there\b)[^.!?\n]{{0,300}}\?[\"”*)]{{0,3}}\s{{1,3}}[*_]{{0,3}}")
 
 
 def answered_claim(
