@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ChoicePrompt', 'cue', 'share_prefix', 'encode_choices', 'tail_layout', 'tail_mask', 'score_batch', 'score_choices',
-           'add_choices']
+           'add_choices', 'cut_off', 'force_answers']
 
 # %% ../../nbs/api/40e_choices.ipynb #78c11d71
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any
 
 from ..data.chat import EncodedPrompt, token_ids
 from ..data.example import Example, labels_of
+from .extract import answer_bounds, opens_reasoning
 from .likelihood import plan_rows
 
 # %% ../../nbs/api/40e_choices.ipynb #6bbdeade
@@ -137,3 +138,27 @@ def add_choices(
     questions = encode_choices(examples, prompts, tokenizer)
     scores = {question.id: score for question, score in zip(questions, score_choices(model, questions), strict=True)}
     return [row | ({"choices": {label: round(value, 6) for label, value in scores[row["id"]].items()}} if row["id"] in scores else {}) for row in rows]
+
+# %% ../../nbs/api/40e_choices.ipynb #aa61fd8c
+def cut_off(
+    row: dict,  # generations row
+) -> bool:
+    "Whether a gradable answer ran into the length limit"
+    return row["stop_reason"] == "length" and row["gold"] is not None
+
+
+def force_answers(
+    rows: list[dict],  # generations rows, in the order of `examples`
+    model: Any,  # a Transformers model in evaluation mode
+    tokenizer: Any,
+    examples: list[Example],
+) -> list[dict]:  # the rows; those that were cut off with `forced`, the likeliest decision behind what they had written
+    "Take the decision of every answer that was cut off"
+    if not any(map(cut_off, rows)):
+        return rows
+    unfinished = [(example, row) for example, row in zip(examples, rows, strict=True) if cut_off(row)]
+    closings = ["\n</think>\n\n" if answer_bounds(row["text"], opens_reasoning(row["prompt"])) is None else "\n\n" for _, row in unfinished]
+    prompts = [EncodedPrompt(row["prompt"] + row["text"] + closing, []) for (_, row), closing in zip(unfinished, closings, strict=True)]
+    questions = encode_choices([example for example, _ in unfinished], prompts, tokenizer)
+    found = {question.id: max(score, key=score.get) for question, score in zip(questions, score_choices(model, questions), strict=True)}
+    return [row | ({"forced": found[row["id"]]} if row["id"] in found else {}) for row in rows]
