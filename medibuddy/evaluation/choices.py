@@ -14,6 +14,7 @@ from ..data.chat import EncodedPrompt, token_ids
 from ..data.example import Example, labels_of
 from .extract import answer_bounds, opens_reasoning
 from .likelihood import plan_rows
+from ..kernels.allocator import keep_freed_memory
 
 # %% ../../nbs/api/40e_choices.ipynb #6bbdeade
 @dataclass(frozen=True)
@@ -95,6 +96,12 @@ def score_batch(
     "Score the choices of a batch"
     import torch
 
+    if all(len(tail) == 1 for q in questions for tail in q.tails):
+        from medibuddy.evaluation.prefill import last_logits, served_model
+
+        if inner := served_model(model):
+            logits = last_logits(inner, [q.input_ids for q in questions]).double().log_softmax(-1)
+            return [[float(row[tail[0]]) for tail in question.tails] for row, question in zip(logits, questions)]
     width, layouts = max(len(q.input_ids) for q in questions), [tail_layout(q) for q in questions]
     rows = [q.input_ids + [0] * (width - len(q.input_ids)) for q in questions]
     needed = sorted({place for _, places in layouts for choice in places for place in choice})
@@ -121,9 +128,14 @@ def score_choices(
     order = sorted(range(len(questions)), key=lambda i: (-len(questions[i].input_ids), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)] if batch_size else plan_rows(questions)
     found: dict[int, dict[str, float]] = {}
-    for batch in batches:
-        for i, scores in zip(batch, score_batch(model, [questions[i] for i in batch]), strict=True):
-            found[i] = dict(zip(questions[i].labels, scores, strict=True))
+    kept = model.device.type == "cpu" and keep_freed_memory()
+    try:
+        for batch in batches:
+            for i, scores in zip(batch, score_batch(model, [questions[i] for i in batch]), strict=True):
+                found[i] = dict(zip(questions[i].labels, scores, strict=True))
+    finally:
+        if kept:
+            keep_freed_memory(False)
     return [found[i] for i in range(len(questions))]
 
 # %% ../../nbs/api/40e_choices.ipynb #8bfd9817

@@ -112,8 +112,9 @@ ONLY_ONE = either("it is|it's|it’s|it must be|must be|go with|letter:|leaving"
 LEFT_OVER = re.compile(rf"(?:^|(?<=[.!?\n,;])) {{0,3}}(?:{SO},? (?:it (?:is|must be) |the answer is )?|(?:I (?:think|believe|would say) (?:that )?)?{ONLY_ONE}(?: only| us with)? )(?:option |choice )?[(*]{{0,3}}", re.IGNORECASE)
 SUPPORTED = re.compile(r"\b(?:supports?|points? to|favou?rs?|suggests?|warrants?|justif(?:y|ies))(?: an?| the)?(?: (?:answer|decision|label|conclusion) of)? [*_]{0,2}[\"“‘'][*_]{0,2}", re.IGNORECASE)
 CORRESPONDS = re.compile(
-    rf"(?:^|(?<=[.!?\n])) {{0,3}}(?:(?:so|thus|therefore|hence),? )?(?:this|that|it|which) (?:clearly |best )?(?:corresponds to|matches|fits|means) (?:the )?(?:option|choice|answer) (?:choice )?[(*]{{0,3}}"
-    rf"|\b(?:most likely|best|most appropriate|correct|right)\b[^.!?\n]{{1,60}}, which (?:is|corresponds to|matches) (?:option|choice|answer) [(*]{{0,3}}", re.IGNORECASE)
+    r"(?:^|(?<=[.!?\n])) {0,3}(?:(?:so|thus|therefore|hence),? )?(?:this|that|it|which) (?:clearly |best )?(?:corresponds to|matches|fits|means) (?:the )?(?:option|choice|answer) (?:choice )?[(*]{0,3}"
+    r"|\b(?:most likely|best|most appropriate|correct|right)\b[^.!?\n]{1,60}, which (?:is|corresponds to|matches) (?:option|choice|answer) [(*]{0,3}", re.IGNORECASE,
+)
 IMPERATIVE = re.compile(r"(?:^|(?<=[.!?\n])) {0,3}(?:choose|pick|select|go with) (?:option |answer )?[(*]{0,3}(?=[A-Z][)*.!]{0,4}\s{0,3}\Z)", re.IGNORECASE)
 CHECKED = re.compile(r"(?:^|(?<=\n))[ *-]{0,4}(?:[\[(][xX✓✔✅][\])]|☑️?|✅) {1,3}")
 CALLED = re.compile(rf"(?:^|(?<=[.!?\n])) {{0,3}}(?:it|that|this)(?:['’]s| is| would be) (?:definitely |clearly |certainly )?an? (?:{FIRMLY} )?[*\"“]{{0,3}}", re.IGNORECASE)
