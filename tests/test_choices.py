@@ -72,7 +72,7 @@ def test_a_label_of_several_tokens_is_read_whole_and_batches_do_not_matter(embed
 def test_a_forced_answer_is_the_likeliest_behind_what_was_written(embedded, prompt, text, closing):
     model, tokenizer, _ = embedded
     row = {"id": "a", "prompt": prompt, "text": text, "stop_reason": "length", "gold": "yes", "decision": None}
-    others = [row | {"stop_reason": "stop"}, row | {"gold": None}]
+    others = [row | {"id": "c", "stop_reason": "stop"}, row | {"id": "open", "gold": None}]
     (forced, *untouched) = force_answers([row, *others], model, tokenizer, [EXAMPLES[0], EXAMPLES[3], EXAMPLES[2]])
     chances = {label: alone(model, tokenizer, prompt + text + closing, label) for label in ("yes", "no", "maybe")}
     assert forced == row | {"forced": max(chances, key=chances.get)} and untouched == others

@@ -101,13 +101,15 @@ def test_choices_stand_in_rows_metrics_and_report(drawn_run):
 
 
 def test_forced_answers_are_told_apart_and_graded_nowhere(drawn_run):
-    rows = read_jsonl(drawn_run / "generations" / "tuned.jsonl")
-    cut = [row for row in rows if row["stop_reason"] == "length"]
-    assert cut and all((row["forced"] in ("yes", "no", "maybe")) if row in cut else "forced" not in row for row in rows)
-    scores = json.loads((drawn_run / "metrics.json").read_text(encoding="utf-8"))["tuned"]
-    right = sum(row["forced"] == row["gold"] for row in cut)
-    assert scores["forced"] == {"asked": len(cut), "correct": right, "accuracy_with_them": pytest.approx((scores["correct"] + right) / scores["n"])}
-    assert all(row["decision"] is None for row in cut) and scores["unparseable"] >= len(cut)
+    found = json.loads((drawn_run / "metrics.json").read_text(encoding="utf-8"))
+    for which in ("base", "tuned"):
+        rows, scores = read_jsonl(drawn_run / "generations" / f"{which}.jsonl"), found[which]
+        cut = [row for row in rows if row["stop_reason"] == "length"]
+        assert [row["forced"] in ("yes", "no", "maybe") for row in cut] == [True] * len(cut) and not any("forced" in row for row in rows if row not in cut)
+        right = sum(row["forced"] == row["gold"] for row in cut)
+        assert scores["forced"] == ({"asked": len(cut), "correct": right, "accuracy_with_them": pytest.approx((scores["correct"] + right) / scores["n"])} if cut else None)
+        assert all(row["decision"] is None for row in cut) and scores["unparseable"] >= len(cut)
+    assert found["base"]["forced"] or found["tuned"]["forced"]
     for name in ("report.md", "report.html"):
         assert "Answers that were cut off" in (drawn_run / name).read_text(encoding="utf-8")
 
