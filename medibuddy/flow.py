@@ -395,6 +395,10 @@ def do_generate(
             from medibuddy.evaluation.choices import add_choices
 
             rows = add_choices(rows, model, tokenizer, test, prompts)
+        if recipe.eval.force_answer:
+            from medibuddy.evaluation.choices import force_answers
+
+            rows = force_answers(rows, model, tokenizer, test)
         if recipe.eval.general:
             answer_general(run, recipe, which, model, tokenizer)
         write_jsonl(run.path / output, rows)

@@ -440,19 +440,21 @@ def train_adapter(
     folder, train = run_dir / "checkpoints", recipe.train
     dtype = dtype or str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     checkpoint, step, kept = agree(lambda: starting_point(run_dir, key, resume))
-    trainer = build_trainer(recipe, model, tokenizer, train_rows, validation_rows, folder, key, dtype)
-    steps = planned_steps(recipe, len(train_rows))
-    monitor = Monitor(run_dir / "log.jsonl" if is_main() else None, steps, kept, max_skipped_steps=train.max_skipped_steps)
-    callback, precision = MonitorCallback(monitor, train.early_stopping), PrecisionCallback(expected_dtypes(recipe, dtype))
-    callback.trainer = trainer
     keep_best = train.keep_best or train.early_stopping is not None
-    if keep_best:
-        trainer.best_step = lambda: best_evaluation(monitor.evaluations, train.checkpoint_every, steps)
-    trainer.add_callback(callback)
-    trainer.add_callback(precision)
-    # closed on an error too: the bar would be drawn over its message, a tracker would take the training for a running one
-    with monitor.bar, Meter(run_dir / "resources.jsonl") if is_main() else nullcontext(), tracking(recipe, run_dir, key[:16]) if is_main() else nullcontext():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # closed on an error too: a tracker would take the training for a running one. Opened first: the Trainer's callbacks ask where to write when they are made
+    with tracking(recipe, run_dir, key[:16]) if is_main() else nullcontext():
+        trainer = build_trainer(recipe, model, tokenizer, train_rows, validation_rows, folder, key, dtype)
+        steps = planned_steps(recipe, len(train_rows))
+        monitor = Monitor(run_dir / "log.jsonl" if is_main() else None, steps, kept, max_skipped_steps=train.max_skipped_steps)
+        callback, precision = MonitorCallback(monitor, train.early_stopping), PrecisionCallback(expected_dtypes(recipe, dtype))
+        callback.trainer = trainer
+        if keep_best:
+            trainer.best_step = lambda: best_evaluation(monitor.evaluations, train.checkpoint_every, steps)
+        trainer.add_callback(callback)
+        trainer.add_callback(precision)
+        # the bar would be drawn over an error's message
+        with monitor.bar, Meter(run_dir / "resources.jsonl") if is_main() else nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if recipe.model.backend == "medibuddy":
         unfuse_lora(model)
     best = load_best(trainer, folder, key) if keep_best else None
