@@ -4,10 +4,15 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'PackedRows', 'is_right_padded', 'pack_rows', 'query_blocks', 'grouped', 'ungrouped', 'block_weights',
-           'row_forward', 'row_backward', 'RowAttention', 'attend_row', 'attend_rows', 'allowed_masks', 'attend_padded']
+           'row_forward', 'row_backward', 'RowAttention', 'attend_row', 'attend_rows', 'allowed_masks', 'repeat_heads',
+           'varlen_keywords', 'varlen_arguments', 'xformers_arguments', 'packed_attention', 'attend_packed',
+           'attend_padded']
 
 # %% ../../nbs/api/29_rows.ipynb #1b251628
+import functools
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +28,21 @@ class PackedRows:
     kept: torch.Tensor  # [kept], index among the real tokens of those that predict an answer token
     kept_lengths: tuple[int, ...]  # kept tokens of each row
     targets: torch.Tensor  # [kept], the answer tokens
+    offsets: torch.Tensor  # [rows + 1], where each row begins among the real tokens, and where the last one ends; int32
+    fixed = False  # whether the sizes are those of a captured step (`kernels.graph`)
+
+    @functools.cached_property
+    def slots(self) -> torch.Tensor:
+        "Index of each real token in a batch padded to its longest row"
+        row = torch.bucketize(torch.arange(self.tokens.numel(), dtype=torch.int32, device=self.tokens.device), self.offsets[1:], right=True)
+        return row * max(self.lengths) + self.positions[0]
+
+    @functools.cached_property
+    def block_mask(self) -> Any:
+        "xformers' mask of causal attention inside each row"
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+        return BlockDiagonalCausalMask.from_seqlens([length for length in self.lengths if length], device=self.tokens.device)
 
 
 def is_right_padded(
@@ -48,8 +68,9 @@ def pack_rows(
     places = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
     kept = predicts.flatten()[tokens].nonzero().squeeze(1)
     targets = F.pad(labels[:, 1:], (0, 1)).flatten()[tokens[kept]]
-    lengths, kept_lengths = real.sum(dim=1).tolist(), predicts.sum(dim=1).tolist()
-    return PackedRows(tokens, places.flatten()[tokens].unsqueeze(0), tuple(lengths), kept, tuple(kept_lengths), targets)
+    counts = real.sum(dim=1)
+    offsets = F.pad(counts.cumsum(0), (1, 0)).int()
+    return PackedRows(tokens, places.flatten()[tokens].unsqueeze(0), tuple(counts.tolist()), kept, tuple(predicts.sum(dim=1).tolist()), targets, offsets)
 
 # %% ../../nbs/api/29_rows.ipynb #b56f2965
 BLOCK = 64  # queries in a block
@@ -201,6 +222,96 @@ def allowed_masks(
     return [place.unsqueeze(1) >= torch.arange(length, device=place.device) for place, length in zip(places, rows.lengths)]
 
 # %% ../../nbs/api/29_rows.ipynb #b9dfed7f
+def repeat_heads(
+    part: torch.Tensor,  # key or value, [tokens, key heads, head size]
+    heads: int,  # query heads
+) -> torch.Tensor:  # [tokens, heads, head size]; the same tensor when every head has its own
+    "Give every query head a key head of its own"
+    return part if part.shape[1] == heads else part.repeat_interleave(heads // part.shape[1], dim=1)
+
+
+@functools.cache
+def varlen_keywords() -> dict | None:  # None where it is missing
+    "How the installed torch's `varlen_attn` is asked for causal attention; the words changed from 2.10 to 2.12"
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = inspect.signature(varlen_attn).parameters
+    keywords = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+    return keywords | ({"enable_gqa": True} if "enable_gqa" in names else {})
+
+
+def varlen_arguments(
+    query: torch.Tensor,  # [tokens, heads, head size]
+    key: torch.Tensor,  # [tokens, key heads, head size]
+    value: torch.Tensor,  # [tokens, key heads, head size]
+    rows: PackedRows,  # where each row is
+) -> tuple[tuple, dict]:  # arguments of `varlen_attn`
+    "Rows as torch's `varlen_attn` takes them"
+    keywords, longest = varlen_keywords(), max(rows.lengths)
+    if "enable_gqa" not in keywords:
+        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    heads = [part.contiguous() for part in (query, key, value)]
+    return (*heads, rows.offsets, rows.offsets, longest, longest), keywords
+
+
+def xformers_arguments(
+    query: torch.Tensor,  # [tokens, heads, head size]
+    key: torch.Tensor,  # [tokens, key heads, head size]
+    value: torch.Tensor,  # [tokens, key heads, head size]
+    rows: PackedRows,  # where each row is
+) -> tuple:  # arguments of `memory_efficient_attention`
+    "Rows as xformers takes them: a batch of one, and a mask that keeps its rows apart"
+    heads = query, repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    return (*(part.unsqueeze(0) for part in heads), rows.block_mask)
+
+# %% ../../nbs/api/29_rows.ipynb #b4814e97
+@functools.cache
+def packed_attention(
+    device: torch.device,  # where the rows are
+    dtype: torch.dtype,  # number format of the heads
+    head_size: int,
+) -> str:  # "rows" on a CPU; "varlen", "xformers" or "padded" on a GPU
+    "Choose how packed rows are attended"
+    if device.type == "cpu":
+        return "rows"
+    half = dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0
+    if half and head_size <= 256 and varlen_keywords() and torch.cuda.get_device_capability(device)[0] >= 8 and torch.backends.cuda.is_flash_attention_available():
+        return "varlen"
+    try:
+        import xformers.ops  # noqa: F401
+    except (ImportError, OSError, RuntimeError):  # xformers is built for one version of torch
+        return "padded"
+    return "xformers" if half else "padded"
+
+
+def attend_packed(
+    query: torch.Tensor,  # [query tokens, heads, head size]: all tokens, or the kept ones
+    key: torch.Tensor,  # [tokens, key heads, head size]
+    value: torch.Tensor,  # [tokens, key heads, head size]
+    rows: PackedRows,  # where each row is
+    scaling: float,  # what the scores are multiplied by
+    dropout: float,  # probability of dropping a score
+    pruned: bool,  # True when `query` holds the kept tokens only
+) -> torch.Tensor:  # [query tokens, heads * head size]
+    "Attention within every row, by what serves the device best"
+    way = packed_attention(query.device, query.dtype, query.shape[-1])
+    if way == "rows":
+        return attend_rows(query, key, value, rows, scaling, dropout, pruned)
+    if way == "padded" or pruned or dropout:
+        return attend_padded(query, key, value, rows, scaling, dropout, pruned)
+    if way == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(*xformers_arguments(query, key, value, rows), scale=scaling)[0].flatten(1)
+    from torch.nn.attention.varlen import varlen_attn
+
+    factor = scaling * query.shape[-1] ** 0.5  # varlen_attn divides by the root of the head size and nothing else
+    arguments, keywords = varlen_arguments(query if abs(factor - 1) < 1e-6 else query * factor, key, value, rows)
+    return varlen_attn(*arguments, **keywords).flatten(1)
+
+
 def attend_padded(
     query: torch.Tensor,  # [query tokens, heads, head size]: all tokens, or the kept ones
     key: torch.Tensor,  # [tokens, key heads, head size]
@@ -210,16 +321,16 @@ def attend_padded(
     dropout: float,  # probability of dropping a score
     pruned: bool,  # True when `query` holds the kept tokens only
 ) -> torch.Tensor:  # [query tokens, heads * head size]
-    "Attention within every row, all rows in one call"
+    "Attention within every row, all rows in one padded call"
     batch, longest = len(rows.lengths), max(rows.lengths)
-    row_of = torch.repeat_interleave(torch.tensor(rows.lengths, device=query.device), output_size=rows.tokens.numel())
-    slots = row_of * longest + rows.positions[0]
+    if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] < 8:  # no flash attention: shared key heads would mean torch's plain attention and all its scores in memory
+        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
 
     def spread(part: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         filled = part.new_zeros(batch * longest, *part.shape[1:]).index_copy(0, places, part)
         return filled.view(batch, longest, *part.shape[1:]).transpose(1, 2)
 
-    places = slots[rows.kept] if pruned else slots
-    heads = spread(query, places), spread(key, slots), spread(value, slots)
+    places = rows.slots[rows.kept] if pruned else rows.slots
+    heads = spread(query, places), spread(key, rows.slots), spread(value, rows.slots)
     output = F.scaled_dot_product_attention(*heads, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
     return output.transpose(1, 2).reshape(batch * longest, -1).index_select(0, places)
