@@ -271,7 +271,7 @@ def test_layers_that_recompute_save_memory_and_change_nothing(double_norms):
         assert loss == expected_loss and all(torch.equal(found[name], gradient) for name, gradient in expected.items())
         kept.append(saved_bytes(model, batch))
     saved = [before - after for before, after in zip(kept, kept[1:])]
-    assert min(saved) > 0 and max(saved[:3]) < 1.05 * min(saved[:3]), "each layer saves as much as the next; the last one has only its answers"
+    assert min(saved) > 0 and max(saved[:3]) < 1.2 * min(saved[:3]), "each layer saves about as much as the next; the last one has only its answers"
     assert kept[-1] < 0.3 * kept[0]
 
 

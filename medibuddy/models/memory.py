@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'CONTEXT', 'FRAGMENTATION', 'LOSS_CHUNK', 'LOGIT_BYTES', 'LiveBytes', 'matrix_bytes', 'weight_bytes',
-           'optimizer_bytes', 'counted_attention', 'few_layers', 'step_bytes', 'activation_bytes', 'recompute_layers',
-           'fused_layer_bytes', 'mixed_bytes', 'Plan', 'plan_stages', 'trained_tensors', 'cheaper', 'fewest_recomputed',
-           'plan']
+           'optimizer_bytes', 'counted_attention', 'few_layers', 'step_bytes', 'activation_bytes', 'trained_tensors',
+           'recompute_layers', 'fused_layer_bytes', 'mixed_bytes', 'Plan', 'plan_stages', 'cheaper',
+           'fewest_recomputed', 'plan']
 
 # %% ../../nbs/api/21_memory.ipynb #bd12ceb3
 import math
@@ -192,6 +192,23 @@ def activation_bytes(
     two, three = (step_bytes(recipe, n, dtype, checkpointing, train, rows, tokens) for n in (2, 3))
     return two + max(three - two, 0) * (layers - 2)
 
+# %% ../../nbs/api/21_memory.ipynb #4d0a02c2
+def trained_tensors(
+    recipe: Recipe,
+    frame: Any,  # the model without weights
+) -> list[int]:  # elements of each tensor that trains
+    "List the sizes of a recipe's adapter tensors: A and B of each target, a magnitude a row with DoRA, and biases that train"
+    lora, sizes = recipe.lora, []
+    for name, module in frame.named_modules():
+        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        chosen = isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in lora.targets and (lora.layers is None or number in lora.layers)
+        if chosen:
+            sizes += [lora.r * module.in_features, lora.r * module.out_features] + [module.out_features] * lora.dora
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, torch.nn.Parameter) and (lora.bias == "all" or (lora.bias == "lora_only" and chosen)):
+            sizes.append(bias.numel())
+    return sizes
+
 # %% ../../nbs/api/21_memory.ipynb #0958e436
 def recompute_layers(
     model: Any,  # a causal language model, wrapped by PEFT or not
@@ -220,22 +237,21 @@ def fused_layer_bytes(
 
 def mixed_bytes(
     recipe: Recipe,
-    config: Any,  # the model's
+    frame: Any,  # the model without weights
     dtype: str,  # of base weights and activations
 ) -> list[int]:  # bytes of a training step when 0, 1, 2, ... all layers recompute
     "Bytes that a step holds at once beside weights and optimizer, for every number of layers that recompute"
-    layers, train = config.num_hidden_layers, recipe.train
-    light = [step_bytes(recipe, n, dtype, True) for n in (2, 3)]
-    a_light = light[1] - light[0]
+    config, counts = frame.config, range(frame.config.num_hidden_layers + 1)
     if recipe.model.backend == "medibuddy":
-        tokens = train.batch_size * recipe.model.max_seq_length
-        a_heavy = fused_layer_bytes(config, recipe.lora.r * len(recipe.lora.targets), tokens, getattr(torch, dtype).itemsize)
-        none = light[0] - 2 * a_light  # of no layer: what the recomputation of one needs
-    else:
-        heavy = [step_bytes(recipe, n, dtype, False) for n in (2, 3)]
-        a_heavy, none = heavy[1] - heavy[0], heavy[0] - 2 * (heavy[1] - heavy[0])
-    recomputing = [light[0] + a_light * (count - 2) for count in range(layers + 1)]
-    return [max(none + (layers - count) * a_heavy + count * a_light, recomputing[count] if count else 0) for count in range(layers + 1)]
+        tokens, itemsize = recipe.train.batch_size * recipe.model.max_seq_length, getattr(torch, dtype).itemsize
+        layer = fused_layer_bytes(config, recipe.lora.r * len(recipe.lora.targets), tokens, itemsize)
+        backward = tokens * itemsize * 3 * (config.intermediate_size + config.hidden_size) + 4 * sum(trained_tensors(recipe, frame))
+        # the layer whose turn it is in the backward pass has its activations, recomputed or kept; embeddings, result and its gradient are three more
+        return [max(counts[-1] - count, 1) * layer + (count + 3) * tokens * itemsize * config.hidden_size + backward for count in counts]
+    whole, light = ([step_bytes(recipe, n, dtype, checkpointing) for n in (2, 3)] for checkpointing in (False, True))
+    layer, boundary = whole[1] - whole[0], light[1] - light[0]
+    kept = [whole[0] + (counts[-1] - count - 2) * layer + count * boundary for count in counts]
+    return [max(size, light[0] + (count - 2) * boundary if count else 0) for count, size in zip(counts, kept)]
 
 # %% ../../nbs/api/21_memory.ipynb #a9746c04
 GPUS = {  # bytes that CUDA reports
@@ -297,7 +313,7 @@ def plan_stages(
     checkpointing = device == "cuda" if train.gradient_checkpointing is None else bool(train.gradient_checkpointing)
     kinds = config.num_hidden_layers, dtype
     reserve = {"CUDA": int(CONTEXT)} if device == "cuda" else {}
-    step = activation_bytes(recipe, *kinds, checkpointing) if recomputed is None else mixed_bytes(recipe, config, dtype)[recomputed]
+    step = activation_bytes(recipe, *kinds, checkpointing) if recomputed is None else mixed_bytes(recipe, frame, dtype)[recomputed]
     prompt = settings.max_seq_length - recipe.eval.max_new_tokens
     heads, head_dim = config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * head_dim * itemsize * recipe.eval.eval_batch_size * settings.max_seq_length
@@ -311,23 +327,6 @@ def plan_stages(
         "evaluate": {"weights": weights, "LoRA": lora, "keys and values": 2 * cache, "activations": prefill, "logits": recipe.eval.eval_batch_size * config.vocab_size * 8, **buffer, **spare(cache + prefill), **reserve},
         "merge": {"weights": weight_bytes(frame, None, itemsize), "LoRA": lora, "largest layer": 2 * largest},
     }
-
-# %% ../../nbs/api/21_memory.ipynb #4d0a02c2
-def trained_tensors(
-    recipe: Recipe,
-    frame: Any,  # the model without weights
-) -> list[int]:  # elements of each tensor that trains
-    "List the sizes of a recipe's adapter tensors: A and B of each target, a magnitude a row with DoRA, and biases that train"
-    lora, sizes = recipe.lora, []
-    for name, module in frame.named_modules():
-        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        chosen = isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in lora.targets and (lora.layers is None or number in lora.layers)
-        if chosen:
-            sizes += [lora.r * module.in_features, lora.r * module.out_features] + [module.out_features] * lora.dora
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, torch.nn.Parameter) and (lora.bias == "all" or (lora.bias == "lora_only" and chosen)):
-            sizes.append(bias.numel())
-    return sizes
 
 # %% ../../nbs/api/21_memory.ipynb #1e68b481
 def cheaper(
@@ -362,9 +361,9 @@ def fewest_recomputed(
     "The fewest layers that must recompute their activations; all of them when nothing else fits"
     if recipe.train.gradient_checkpointing is not None or recipe.model.backend == "unsloth" or recipe.model.full_finetuning:
         return None
-    sizes = mixed_bytes(recipe, frame.config, dtype)
-    rest = plan_stages(recipe, frame, dtype, recomputed=len(sizes) - 1)["train"]
-    room = (0.95 * memory - sum(rest.values())) / (1 + FRAGMENTATION) + sizes[-1]
+    sizes = mixed_bytes(recipe, frame, dtype)
+    all_of_them = plan_stages(recipe, frame, dtype, recomputed=len(sizes) - 1)["train"]
+    room = (0.95 * memory - sum(all_of_them.values())) / (1 + FRAGMENTATION) + sizes[-1]
     return next((count for count, size in enumerate(sizes) if size <= room), len(sizes) - 1)
 
 # %% ../../nbs/api/21_memory.ipynb #81f60b70
