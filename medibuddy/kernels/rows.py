@@ -279,8 +279,8 @@ class RowAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         "Gradients of query, key and value"
-        query, key, value = ctx.saved_tensors
-        results = [torch.empty(part.shape, dtype=part.dtype) for part in ctx.saved_tensors]
+        query, key, value = saved = ctx.saved_tensors
+        results = [torch.empty(part.shape, dtype=part.dtype) for part in saved]
         for own, group, blocks in attention_plan(query, key, ctx.lengths, ctx.places):
             parts = (spread_rows(part, rows, key.shape[1]) for part, rows in ((gradient, own), (query, own), (key, group), (value, group)))
             for found, rows, result in zip(group_backward(*parts, ctx.scaling, blocks), (own, group, group), results):
