@@ -358,8 +358,7 @@ def varlen_arguments(
     keywords, longest = varlen_keywords(), max(rows.lengths)
     if "enable_gqa" not in keywords:
         key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    heads = [part.contiguous() for part in (query, key, value)]
-    return (*heads, rows.offsets, rows.offsets, longest, longest), keywords
+    return (query, key, value, rows.offsets, rows.offsets, longest, longest), keywords
 
 
 def xformers_arguments(
