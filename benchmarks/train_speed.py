@@ -46,6 +46,7 @@ class Workload:
     family: str = "llama"
     quantization: str | None = None  # "4bit" or None
     memory_cap: float | None = None  # bytes that PyTorch may reserve, so that a large card behaves like a small one
+    backends: tuple[str, ...] = ()  # the only ones worth running; empty for all
 
 
 LLAMA_8B = dict(
@@ -65,7 +66,7 @@ WORKLOADS = {
     "30m": Workload(8, 8, 5e-4, LLAMA_30M, (128, 380, 512)),
     "qwen-0.5b": Workload(16, 33, 2e-4, QWEN_05B, (128, 420, 1024), "qwen2"),
     "deepseek-8b": Workload(8, 23, 2e-4, LLAMA_8B, (256, 600, 2048)),
-    "deepseek-8b-qlora": Workload(2, 13, 2e-4, LLAMA_8B, (2048, 4096, 2048), quantization="4bit", memory_cap=15e9),
+    "deepseek-8b-qlora": Workload(2, 13, 2e-4, LLAMA_8B, (2048, 4096, 2048), quantization="4bit", memory_cap=15e9, backends=("medibuddy", "peft", "unsloth")),
 }
 GPU_WORKLOADS = ["qwen-0.5b", "deepseek-8b", "deepseek-8b-qlora"]
 
@@ -96,7 +97,7 @@ BACKENDS = {
     "medibuddy-grouped": Backend("fused kernels, rows grouped by length", "grouped", reference="peft-best", fused=True),
     "peft-best": Backend("grouped by length, no checkpointing, freed memory kept", "grouped", keep_memory=True),
     "peft-best-bf16": Backend("the same under bf16 autocast", "grouped", reference="peft-best", tolerance=1e-2, keep_memory=True, half=True, device="cpu"),
-    "medibuddy-recompute": Backend("fused kernels, every layer recomputed: the memory of `peft`", "shuffled", reference="peft", fused=True, recompute=True),
+    "medibuddy-recompute": Backend("fused kernels, every layer recomputed: the memory of `peft`", "shuffled", reference="peft", fused=True, recompute=True, only=("tiny", "30m")),
     "medibuddy-graph": Backend("fused kernels, steps captured in CUDA graphs", "grouped", reference="peft-best", fused=True, graph=1024, only=("qwen-0.5b",), device="cuda"),
     "unsloth": Backend("FastLanguageModel as its notebooks ship", "shuffled", reference="peft", tolerance=2e-2, checkpointing=True, unsloth=True, device="cuda"),
     "unsloth-best": Backend("FastLanguageModel, grouped, no checkpointing", "grouped", reference="peft-best", tolerance=2e-2, unsloth=True, device="cuda"),
@@ -489,7 +490,7 @@ def run_workload(name: str, names: list[str], repeats: int, device: str, results
     "Measure one workload with every backend and write what came out"
     from medibuddy.run import write_json
 
-    names = [backend for backend in names if not BACKENDS[backend].only or name in BACKENDS[backend].only]
+    names = [backend for backend in names if name in (BACKENDS[backend].only or [name]) and backend in (WORKLOADS[name].backends or [backend])]
     ceilings, folder = run_child(name, "ceilings", device), None
     if any(BACKENDS[backend].unsloth for backend in names):
         folder = tempfile.mkdtemp(prefix="base-")
