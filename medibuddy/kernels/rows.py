@@ -113,7 +113,7 @@ def row_groups(
         groups.append([(start, length)])
     return groups
 
-
+# %% ../../nbs/api/29_rows.ipynb #52ff1ae2
 def spread_rows(
     part: torch.Tensor,  # query, key, value or a gradient, [tokens, heads, head size]
     group: list[tuple[int, int]],  # (first token, tokens) of each row
@@ -185,7 +185,7 @@ def kept_blocks(
         blocks.append(QueryBlock(slice(start * share, (start + own.shape[1]) * share), keys, mask))
     return blocks
 
-
+# %% ../../nbs/api/29_rows.ipynb #71e1d008
 def block_weights(
     query: torch.Tensor,  # [matrices, rows, head size]
     key: torch.Tensor,  # [matrices, longest, head size]
@@ -243,7 +243,7 @@ def group_backward(
         key_gradient[:, :keys].baddbmm_(scores.transpose(1, 2), query[:, own], alpha=scaling)
     return query_gradient, key_gradient, value_gradient
 
-
+# %% ../../nbs/api/29_rows.ipynb #caa8f789
 def attention_plan(
     query: torch.Tensor,  # [query tokens, heads, head size]
     key: torch.Tensor,  # [tokens, key heads, head size]
@@ -390,7 +390,7 @@ def packed_attention(
         return "padded"
     return "xformers" if half else "padded"
 
-
+# %% ../../nbs/api/29_rows.ipynb #6cf7dd3b
 def attend_packed(
     query: torch.Tensor,  # [query tokens, heads, head size]: all tokens, or the kept ones
     key: torch.Tensor,  # [tokens, key heads, head size]
