@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # the package of this checkout is found without installing it, and kernels.py does not pass for Hugging Face's package of that name
+    sys.path[0] = str(HERE.parent)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {
     "tiny": dict(hidden_size=256, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=2048),

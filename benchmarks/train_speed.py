@@ -17,6 +17,7 @@ import math
 import os
 import random
 import resource
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -26,7 +27,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # the package of this checkout is found without installing it, and kernels.py does not pass for Hugging Face's package of that name
+    sys.path[0] = str(HERE.parent)
 WARM_UP = 3  # steps that are not timed
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -43,6 +46,7 @@ class Workload:
     family: str = "llama"
     quantization: str | None = None  # "4bit" or None
     memory_cap: float | None = None  # bytes that PyTorch may reserve, so that a large card behaves like a small one
+    backends: tuple[str, ...] = ()  # the only ones worth running; empty for all
 
 
 LLAMA_8B = dict(
@@ -63,7 +67,7 @@ WORKLOADS = {
     "30m": Workload(8, 8, 5e-4, LLAMA_30M, (128, 380, 512)),
     "qwen-0.5b": Workload(16, 33, 2e-4, QWEN_05B, (128, 420, 1024), "qwen2"),
     "deepseek-8b": Workload(8, 23, 2e-4, LLAMA_8B, (256, 600, 2048)),
-    "deepseek-8b-qlora": Workload(2, 13, 2e-4, LLAMA_8B, (2048, 4096, 2048), quantization="4bit", memory_cap=15e9),
+    "deepseek-8b-qlora": Workload(2, 13, 2e-4, LLAMA_8B, (2048, 4096, 2048), quantization="4bit", memory_cap=15e9, backends=("medibuddy", "peft", "unsloth")),
 }
 GPU_WORKLOADS = ["qwen-0.5b", "deepseek-8b", "deepseek-8b-qlora"]
 
@@ -94,7 +98,7 @@ BACKENDS = {
     "medibuddy-grouped": Backend("fused kernels, rows grouped by length", "grouped", reference="peft-best", fused=True),
     "peft-best": Backend("grouped by length, no checkpointing, freed memory kept", "grouped", keep_memory=True),
     "peft-best-bf16": Backend("the same under bf16 autocast", "grouped", reference="peft-best", tolerance=1e-2, keep_memory=True, half=True, device="cpu"),
-    "medibuddy-recompute": Backend("fused kernels, every layer recomputed: the memory of `peft`", "shuffled", reference="peft", fused=True, recompute=True),
+    "medibuddy-recompute": Backend("fused kernels, every layer recomputed: the memory of `peft`", "shuffled", reference="peft", fused=True, recompute=True, only=("tiny", "30m")),
     "medibuddy-graph": Backend("fused kernels, steps captured in CUDA graphs", "grouped", reference="peft-best", fused=True, graph=1024, only=("qwen-0.5b",), device="cuda"),
     "unsloth": Backend("FastLanguageModel as its notebooks ship", "shuffled", reference="peft", tolerance=2e-2, checkpointing=True, unsloth=True, device="cuda"),
     "unsloth-best": Backend("FastLanguageModel, grouped, no checkpointing", "grouped", reference="peft-best", tolerance=2e-2, unsloth=True, device="cuda"),
@@ -398,10 +402,10 @@ def energy(device: str) -> float | None:
 def measured_ceilings(device: str) -> dict:
     "The machine, and the rates it reaches for a large product (operations a second) and a copy (bytes a second)"
     import torch
-    from kernels import ceilings, machine
 
-    gemm, copy = ceilings(device, torch.float16 if device == "cuda" else torch.float32)
-    return {"gemm": gemm, "copy": copy, "machine": machine(device)}
+    tools = runpy.run_path(str(HERE / "kernels.py"))
+    gemm, copy = tools["ceilings"](device, torch.float16 if device == "cuda" else torch.float32)
+    return {"gemm": gemm, "copy": copy, "machine": tools["machine"](device)}
 
 
 # ---------------------------------------------------------------- all measurements (parent process)
@@ -487,7 +491,7 @@ def run_workload(name: str, names: list[str], repeats: int, device: str, results
     "Measure one workload with every backend and write what came out"
     from medibuddy.run import write_json
 
-    names = [backend for backend in names if not BACKENDS[backend].only or name in BACKENDS[backend].only]
+    names = [backend for backend in names if name in (BACKENDS[backend].only or [name]) and backend in (WORKLOADS[name].backends or [backend])]
     ceilings, folder = run_child(name, "ceilings", device), None
     if any(BACKENDS[backend].unsloth for backend in names):
         folder = tempfile.mkdtemp(prefix="base-")

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from medibuddy.kernels import projection
+from medibuddy.kernels import rows as rows_module
 from medibuddy.kernels.graph import capture_steps, fix_rows, fixed_loss
 from medibuddy.kernels.lora import fuse_lora, unfuse_lora
 from medibuddy.kernels.rows import attend_rows, pack_rows, repeat_heads, varlen_arguments, xformers_arguments
@@ -583,6 +584,34 @@ def test_flash_attention_is_given_rows_that_do_not_see_each_other(lengths):
     offsets, k, v = q_offsets.tolist(), repeat_heads(k, 6), repeat_heads(v, 6)
     parts = [F.scaled_dot_product_attention(*(part[a:b].transpose(0, 1) for part in (q, k, v)), is_causal=True).transpose(0, 1) for a, b in zip(offsets, offsets[1:]) if b > a]
     torch.testing.assert_close(torch.cat(parts).flatten(1), expected)
+
+
+def varlen_attn_as_documented(query, key, value, q_offsets, k_offsets, q_longest, k_longest, is_causal=False, window_size=(-1, -1), enable_gqa=False):
+    "What torch's documentation says of varlen_attn, for rows whose queries are all there"
+    assert (is_causal or window_size == (-1, 0)) and torch.equal(q_offsets, k_offsets) and (enable_gqa or key.shape[1] == query.shape[1])
+    assert q_longest == k_longest == int(q_offsets.diff().max())
+    offsets = q_offsets.tolist()
+    parts = [[part[start:stop].transpose(0, 1) for part in (query, key, value)] for start, stop in zip(offsets, offsets[1:])]
+    return torch.cat([F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=enable_gqa).transpose(0, 1) for part in parts])
+
+
+def memory_efficient_attention_as_documented(query, key, value, attn_bias, scale):
+    "What xformers' documentation says, with its mask written out"
+    mask = attn_bias.materialize((1, query.shape[2], query.shape[1], query.shape[1]), dtype=query.dtype)
+    return F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)), attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+@pytest.mark.parametrize("way", ["padded", "varlen", "xformers"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_every_attention_of_a_gpu_equals_peft(way, family, double_norms, monkeypatch):
+    "The kernels themselves need a GPU; all that surrounds them runs here"
+    monkeypatch.setattr(rows_module, "packed_attention", lambda *_: way)
+    if way == "varlen":
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn_as_documented)
+    if way == "xformers":
+        pytest.importorskip("xformers.ops")
+        monkeypatch.setattr("xformers.ops.memory_efficient_attention", memory_efficient_attention_as_documented)
+    assert_same(make_model(family=family), BATCHES["a row without labels"])
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

@@ -155,7 +155,7 @@ class CapturedSteps:
             self.steps[size] = self.capture(fixed, parameters)
         return Replay.apply(self.steps[size], fixed, *parameters)
 
-
+# %% ../../nbs/api/29b_graph.ipynb #f4834ee4
 def capture_reason(
     model: nn.Module,  # the language model, fused
 ) -> str | None:  # why its steps cannot be captured; None when they can

@@ -113,7 +113,7 @@ def row_groups(
         groups.append([(start, length)])
     return groups
 
-
+# %% ../../nbs/api/29_rows.ipynb #52ff1ae2
 def spread_rows(
     part: torch.Tensor,  # query, key, value or a gradient, [tokens, heads, head size]
     group: list[tuple[int, int]],  # (first token, tokens) of each row
@@ -185,7 +185,7 @@ def kept_blocks(
         blocks.append(QueryBlock(slice(start * share, (start + own.shape[1]) * share), keys, mask))
     return blocks
 
-
+# %% ../../nbs/api/29_rows.ipynb #71e1d008
 def block_weights(
     query: torch.Tensor,  # [matrices, rows, head size]
     key: torch.Tensor,  # [matrices, longest, head size]
@@ -243,7 +243,7 @@ def group_backward(
         key_gradient[:, :keys].baddbmm_(scores.transpose(1, 2), query[:, own], alpha=scaling)
     return query_gradient, key_gradient, value_gradient
 
-
+# %% ../../nbs/api/29_rows.ipynb #caa8f789
 def attention_plan(
     query: torch.Tensor,  # [query tokens, heads, head size]
     key: torch.Tensor,  # [tokens, key heads, head size]
@@ -279,8 +279,8 @@ class RowAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         "Gradients of query, key and value"
-        query, key, value = ctx.saved_tensors
-        results = [torch.empty(part.shape, dtype=part.dtype) for part in ctx.saved_tensors]
+        query, key, value = saved = ctx.saved_tensors
+        results = [torch.empty(part.shape, dtype=part.dtype) for part in saved]
         for own, group, blocks in attention_plan(query, key, ctx.lengths, ctx.places):
             parts = (spread_rows(part, rows, key.shape[1]) for part, rows in ((gradient, own), (query, own), (key, group), (value, group)))
             for found, rows, result in zip(group_backward(*parts, ctx.scaling, blocks), (own, group, group), results):
@@ -358,8 +358,7 @@ def varlen_arguments(
     keywords, longest = varlen_keywords(), max(rows.lengths)
     if "enable_gqa" not in keywords:
         key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    heads = [part.contiguous() for part in (query, key, value)]
-    return (*heads, rows.offsets, rows.offsets, longest, longest), keywords
+    return (query, key, value, rows.offsets, rows.offsets, longest, longest), keywords
 
 
 def xformers_arguments(
@@ -391,7 +390,7 @@ def packed_attention(
         return "padded"
     return "xformers" if half else "padded"
 
-
+# %% ../../nbs/api/29_rows.ipynb #6cf7dd3b
 def attend_packed(
     query: torch.Tensor,  # [query tokens, heads, head size]: all tokens, or the kept ones
     key: torch.Tensor,  # [tokens, key heads, head size]

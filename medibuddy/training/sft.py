@@ -316,10 +316,9 @@ def layers_to_recompute(
     device: str,  # "cpu" or "cuda"
 ) -> int | None:  # None leaves it at all or none
     "Ask the planner, where the recipe leaves it open and one GPU trains alone"
-    if device != "cuda" or launched() or recipe.train.gradient_checkpointing is not None:
+    if device != "cuda" or launched() or recipe.train.gradient_checkpointing is not None or recipe.model.backend == "unsloth" or recipe.model.full_finetuning:
         return None
-    planned = plan(recipe, torch.cuda.get_device_properties(0).total_memory)
-    return None if recipe.model.backend == "unsloth" or recipe.model.full_finetuning else planned.recomputed
+    return plan(recipe, torch.cuda.get_device_properties(0).total_memory).recomputed
 
 # %% ../../nbs/api/31_sft.ipynb #46eddbdc
 def training_arguments(
