@@ -187,6 +187,7 @@ def test_the_site_is_built_from_what_is_there():
     assert any("nbdev_docs" in step for step in steps)
     for pattern in re.findall(r"(?:tests/\w+\.py|nbs/\S+\.ipynb)", "\n".join(steps)):
         assert list(ROOT.glob(pattern)), pattern
+    assert (ROOT / "nbs" / "styles.css").exists()  # nbdev's Quarto settings name it
     for page in TUTORIALS:
         first = cells(page, "markdown")[0]
         assert first.startswith("# ") and "\n> " in first, "a title and a line below it, which the site shows as its description"

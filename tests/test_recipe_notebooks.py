@@ -45,7 +45,8 @@ def papermill(notebook: Path, folder: Path, *options, wait: bool = True, **env):
     # the kernel's messages go through ZeroMQ, not through Python's sockets, so only the network is gone
     (site / "sitecustomize.py").write_text(BLOCKER)
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), f"{notebook.stem}.out.ipynb", *map(str, options)]
-    process = subprocess.Popen(command, cwd=folder, env=environment(PYTHONPATH=str(site), **env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(command, cwd=folder, env=environment(PYTHONPATH=path, **env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if not wait:
         return process
     output, _ = process.communicate(timeout=300)
