@@ -17,8 +17,9 @@ import pytest
 from conftest import ROOT, environment, pubmedqa_rows
 from test_offline import BLOCKER
 
-from medibuddy.notebooks.parameters import INJECTED, TAGGED, assigned_names
+from medibuddy.notebooks.parameters import INJECTED, TAGGED, assigned_names, read_parameters
 from medibuddy.recipe import SECTION_OF, Recipe
+from medibuddy.run import UsageError
 
 FOLDER = ROOT / "nbs" / "recipes"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
@@ -148,14 +149,21 @@ def test_recipes_share_their_cells(name):
 # Wrong parameters
 
 
-@pytest.mark.parametrize("options, message", [
-    (["-p", "learning_rte", "2e-4"], "Did you mean `learning_rate`?"),
-    (["-p", "r", "0"], "give a rank of at least 1"),
-])
-def test_a_wrong_parameter_fails_before_anything_runs(tmp_path, options, message):
-    status, output = papermill(FOLDER / "deepseek_r1_cot.ipynb", tmp_path, "-p", "recipe", "tiny", *options)
-    assert status == 1 and message in output
+def test_an_unknown_name_fails_before_anything_runs(tmp_path):
+    status, output = papermill(FOLDER / "deepseek_r1_cot.ipynb", tmp_path, "-p", "recipe", "tiny", "-p", "learning_rte", "2e-4")
+    assert status == 1 and "Did you mean `learning_rate`?" in output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("given, message", [({"r": 0}, "rank of at least 1"), ({"learning_rate": "fast"}, "a number"), ({"seed": -1}, "train.seed"), ({"targest": ["q_proj"]}, "targets"), ({"recipe": "tinny"}, "tiny")])
+def test_values_out_of_range_are_refused_by_every_notebook(name, given, message):
+    call = next(node for cell in cells_of(name) if cell.cell_type == "code" for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "read_parameters")
+    injected = INJECTED + "\n" + "\n".join(f"{key} = {value!r}" for key, value in given.items())
+    read = eval(f"lambda history, values: read_parameters({', '.join([ast.unparse(part) for part in call.args + call.keywords] + ['history=history', 'values=values'])})", {"read_parameters": read_parameters})
+    with pytest.raises(UsageError, match=message):
+        read([tagged_cell(name).source, injected], defaults(name) | given)
+    assert read([tagged_cell(name).source], defaults(name)).recipe.name
 
 
 # Outputs
@@ -182,9 +190,6 @@ def test_secrets_and_names_do_not_get_into_the_saved_notebook(tmp_path):
 
 
 def test_a_secret_as_a_parameter_is_refused(tmp_path):
-    from medibuddy.notebooks.parameters import read_parameters
-    from medibuddy.run import UsageError
-
     cell = tagged_cell("quickstart").source
     with pytest.raises(UsageError, match="environment"):
         read_parameters(history=[cell, "# Parameters\nrun_dir = '...'"], values=defaults("quickstart") | {"run_dir": "hf_" + "a" * 30})
