@@ -208,7 +208,7 @@ def undisturbed(tmp_path_factory, small) -> Path:
 
 
 def only_run(folder: Path) -> Path:
-    (run,) = (folder / "runs").iterdir()
+    (run,) = [path for path in (folder / "runs").iterdir() if path.is_dir()]
     return run
 
 
