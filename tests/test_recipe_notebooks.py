@@ -307,5 +307,5 @@ def test_a_conversation(undisturbed, tmp_path):
     (transcript,) = only_run(undisturbed).parent.glob("*-chat.jsonl")
     assert sum(json.loads(line)["role"] == "user" for line in transcript.read_text().splitlines()) == 3
     text = shown(tmp_path, "chat")
-    assert "| safety |" in text and "Is ibuprofen used for fever?" in text
+    assert "This may be an emergency" in text and "Is ibuprofen used for fever?" in text and "| You | Tuned | Base |" in text
     transcript.unlink()
