@@ -4,6 +4,7 @@ python benchmarks/data_speed.py                    112,165 generated rows on two
 python benchmarks/data_speed.py --rows 336495      three times the rows: time should grow three times, memory hardly
 python benchmarks/data_speed.py --rows 1121650     ten times the rows: memory should stay where it is
 python benchmarks/data_speed.py --leaks            with the near-duplicate search, which keeps the texts in memory: its price is shown apart
+python benchmarks/data_speed.py --prepare          also `medibuddy prepare` as a user calls it: all rows in memory, leak search, files of a run directory
 python benchmarks/data_speed.py --compare          also the plain `datasets.map` way for the part both do (read, render, tokenise)
 
 Every row of the result says how busy the machine was (load average at the start; `--note` for words).
@@ -18,6 +19,8 @@ import multiprocessing
 import os
 import random
 import resource
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -131,6 +134,15 @@ def plain(path: Path) -> dict:
         return {"rows_out": len(rows), "seconds": round(time.perf_counter() - started, 1)}
 
 
+def prepare(path: Path, folder: Path) -> dict:
+    "`medibuddy prepare`: cleaned, scrubbed, split, fitted and leak-checked rows in a run directory"
+    command = [sys.executable, "-m", "medibuddy", "prepare", "--data", str(path), "--shape", "healthcaremagic", "--run", str(folder / "run"), "--set", f"max_seq_length={MAX_SEQ_LENGTH}", "--drop-leaks", "--json"]
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    account = json.loads(done.stdout)
+    return {"rows_out": account["rows_out"], "dropped": account["dropped"], "leaks": account["leaks"], "seconds": round(time.perf_counter() - started, 1)}
+
+
 class PeakMemory:
     "Samples the memory of this process and its children, shared pages counted once (PSS), twice a second"
 
@@ -165,6 +177,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=112_165)
     parser.add_argument("--leaks", action="store_true", help="search near-duplicates too")
     parser.add_argument("--note", default="", help="what else the machine was doing, written into the result")
+    parser.add_argument("--prepare", action="store_true", help="run `medibuddy prepare` too")
     parser.add_argument("--compare", action="store_true", help="run the plain datasets.map way too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -178,6 +191,11 @@ def main() -> None:
         facts["arrow_mb"] = round((folder / "rows.arrow").stat().st_size / 1e6)
         facts["milliseconds_per_row"] = round(1000 * facts["seconds"] / options.rows, 3)
         result = {"environment": describe_environment(), "rows": options.rows, "load_average_before": load, "note": options.note, "medibuddy": facts}
+        if options.prepare:
+            before = processor_seconds()
+            with PeakMemory() as memory:
+                result["prepare_command"] = prepare(folder / "rows.jsonl", folder)
+            result["prepare_command"] |= {"processor_seconds": round(processor_seconds() - before, 1), "peak_memory_mb": round(memory.megabytes)}
         if options.compare:
             before = processor_seconds()
             result["datasets_map"] = plain(folder / "rows.jsonl")

@@ -4,7 +4,8 @@ python benchmarks/eval_speed.py [--lm-eval PYTHON]      prints both rates and wr
 
 `--lm-eval` names the interpreter of an environment with `lm_eval[hf]`, torch and transformers; without it this one is used. Both sides score 500 made-up questions of
 PubMedQA's length with yes, no and maybe as continuations, with the same batch size, in processes of their own that take turns; the time is that of
-scoring, tokenising included, loading not. The first pass of each is not counted. A disagreement in more than 1 in 200 decisions stops the benchmark: it would not be the same work.
+scoring, tokenising included, loading not. A first pass over 32 questions is not counted. A disagreement in more than 1 in 200 decisions stops the benchmark: it would not be the same work.
+`--add` counts the new turns together with those of the results file, so that a long comparison can be made in short pieces.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def score_here(model_dir: str, texts: list[str], batch_size: int, repeats: int) 
 
     model, tokenizer = load_base(model_dir), load_tokenizer(model_dir)
 
-    def once() -> list[int]:
+    def once(texts: list[str]) -> list[int]:
         ids = iter(token_ids([f"{text} {label}" for text in texts for label in LABELS], tokenizer))
         questions = []
         for number in range(len(texts)):
@@ -65,7 +66,7 @@ def score_here(model_dir: str, texts: list[str], batch_size: int, repeats: int) 
             questions.append(ChoicePrompt(str(number), LABELS, prefix + [token for tail in tails for token in tail[:-1]], len(prefix), tails))
         return [max(range(3), key=list(scores.values()).__getitem__) for scores in score_choices(model, questions, batch_size)]
 
-    return timed(once, repeats)
+    return timed(once, texts, repeats)
 
 
 def score_there(model_dir: str, texts: list[str], batch_size: int, repeats: int) -> tuple[list[float], list[int]]:
@@ -75,22 +76,23 @@ def score_there(model_dir: str, texts: list[str], batch_size: int, repeats: int)
 
     model = HFLM(pretrained=model_dir, device="cpu", dtype="float32", batch_size=batch_size)
 
-    def once() -> list[int]:
+    def once(texts: list[str]) -> list[int]:
         requests = [Instance(request_type="loglikelihood", doc={}, arguments=(text, f" {label}"), idx=i) for text in texts for i, label in enumerate(LABELS)]
         scores = [score for score, _ in model.loglikelihood(requests, disable_tqdm=True)]
         return [max(range(3), key=scores[start : start + 3].__getitem__) for start in range(0, len(scores), 3)]
 
-    return timed(once, repeats)
+    return timed(once, texts, repeats)
 
 
-def timed(once, repeats: int) -> tuple[list[float], list[int]]:
-    "Run a pass several times, the first to warm up"
+def timed(once, texts: list[str], repeats: int) -> tuple[list[float], list[int]]:
+    "Run a pass several times, after a short one to warm up"
+    once(texts[:32])
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         started = time.perf_counter()
-        decisions = once()
+        decisions = once(texts)
         seconds.append(round(time.perf_counter() - started, 3))
-    return seconds[1:], decisions
+    return seconds, decisions
 
 
 def main() -> None:
@@ -102,6 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
     parser.add_argument("--repeats", type=int, default=1, help="counted passes a turn")
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--add", action="store_true", help="count these turns together with those of the results file")
     parser.add_argument("--side", choices=("here", "there"), help=argparse.SUPPRESS)
     parser.add_argument("--model-dir", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -115,27 +118,36 @@ def main() -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     versions = subprocess.run([args.lm_eval, "-c", "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('lm_eval', 'torch', 'transformers')), sep=', ')"], check=True, capture_output=True, text=True).stdout.strip()
     results = {"environment": describe_environment(), "lm_eval": versions, "load_at_start": os.getloadavg(), "questions": args.questions, "batch_size": args.batch_size, "models": {}}
+    if args.add and RESULTS.exists():
+        before = json.loads(RESULTS.read_text())
+        if any(before[key] != results[key] for key in ("environment", "lm_eval", "questions", "batch_size")):
+            raise SystemExit(f"{RESULTS} was measured with other settings or versions; run without --add.")
+        results["models"] = before["models"]
     with tempfile.TemporaryDirectory() as folder:
         for name, model_dir in make_models(Path(folder)).items():
-            if name not in args.models:
-                continue
-            found = {"here": {"seconds": []}, "there": {"seconds": []}}
-            for _ in range(args.rounds):
-                for side, python in (("there", args.lm_eval), ("here", sys.executable)):
-                    command = [python, __file__, "--side", side, "--model-dir", str(model_dir), "--questions", str(args.questions), "--batch-size", str(args.batch_size), "--repeats", str(args.repeats)]
-                    output = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
-                    part = json.loads(output.split("RESULT")[-1])
-                    found[side]["seconds"] += part["seconds"]
-                    found[side]["decisions"] = part["decisions"]
-            unlike = sum(a != b for a, b in zip(found["here"].pop("decisions"), found["there"].pop("decisions"), strict=True))
-            if unlike > args.questions / 200:
-                raise SystemExit(f"{name}: {unlike} of {args.questions} decisions differ; the two sides do not do the same work.")
-            ratio = statistics.median(found["there"]["seconds"]) / statistics.median(found["here"]["seconds"])
-            results["models"][name] = {"medibuddy_seconds": found["here"]["seconds"], "lm_eval_seconds": found["there"]["seconds"], "times_faster": round(ratio, 2), "decisions_that_differ": unlike}
-            print(f"{name}: lm-eval {statistics.median(found['there']['seconds']):.2f} s, medibuddy {statistics.median(found['here']['seconds']):.2f} s: {ratio:.2f} times faster; {unlike} decisions differ")
+            if name in args.models:
+                results["models"][name] = compare(name, model_dir, args, environment, results["models"].get(name, {}))
     results["load_at_end"] = os.getloadavg()
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def compare(name: str, model_dir: Path, args: argparse.Namespace, environment: dict, before: dict) -> dict:
+    "Let both sides take turns on one model, and add the seconds to those measured before"
+    found = {"here": {"seconds": before.get("medibuddy_seconds", [])}, "there": {"seconds": before.get("lm_eval_seconds", [])}}
+    for _ in range(args.rounds):
+        for side, python in (("there", args.lm_eval), ("here", sys.executable)):
+            command = [python, __file__, "--side", side, "--model-dir", str(model_dir), "--questions", str(args.questions), "--batch-size", str(args.batch_size), "--repeats", str(args.repeats)]
+            output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
+            part = json.loads(output.split("RESULT")[-1])
+            found[side]["seconds"] += part["seconds"]
+            found[side]["decisions"] = part["decisions"]
+    unlike = sum(a != b for a, b in zip(found["here"]["decisions"], found["there"]["decisions"], strict=True))
+    if unlike > args.questions / 200:
+        raise SystemExit(f"{name}: {unlike} of {args.questions} decisions differ; the two sides do not do the same work.")
+    here, there = (statistics.median(found[side]["seconds"]) for side in ("here", "there"))
+    print(f"{name}: lm-eval {there:.2f} s, medibuddy {here:.2f} s: {there / here:.2f} times faster; {unlike} decisions differ")
+    return {"medibuddy_seconds": found["here"]["seconds"], "lm_eval_seconds": found["there"]["seconds"], "times_faster": round(there / here, 2), "decisions_that_differ": unlike}
 
 
 if __name__ == "__main__":

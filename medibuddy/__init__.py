@@ -21,6 +21,10 @@ __all__ = ["__version__", *_HOMES]
 
 def __getattr__(name):
     "Import a public name on first use"
+    if name == "chat":  # for `medibuddy.chat.Session`
+        from importlib import import_module
+
+        return import_module("medibuddy.chat")
     if name not in _HOMES:
         raise AttributeError(f"module 'medibuddy' has no attribute {name!r}")
     from importlib import import_module

@@ -421,10 +421,11 @@ def main(
     arguments: list[str] | None = None,  # None takes the process's own
 ) -> None:
     "Run the command line and exit with its status"
+    from medibuddy.commands import batch, chat, deploy, project  # noqa: F401  each adds its commands to `app`
+
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import medibuddy.commands.project  # noqa: F401 - adds its commands to `app`
     try:
         status = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

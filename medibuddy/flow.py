@@ -224,10 +224,10 @@ def training_rows(
     recipe: Recipe,
 ) -> tuple[Any, list[list]]:  # tokenizer; training and validation rows, encoded
     "Encode the rows that were prepared"
-    from medibuddy.data.chat import encode_all
+    from medibuddy.data.prepare import encoded_rows
 
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
-    return tokenizer, [encode_all(read_split(run, name), tokenizer, recipe.model.max_seq_length)[0] for name in ("train", "validation")]
+    return tokenizer, [encoded_rows(recipe, read_split(run, name)) for name in ("train", "validation")]
 
 # %% ../nbs/api/80_flow.ipynb #4ce99668
 def train(
@@ -395,6 +395,10 @@ def do_generate(
             from medibuddy.evaluation.choices import add_choices
 
             rows = add_choices(rows, model, tokenizer, test, prompts)
+        if recipe.eval.force_answer:
+            from medibuddy.evaluation.choices import force_answers
+
+            rows = force_answers(rows, model, tokenizer, test)
         if recipe.eval.general:
             answer_general(run, recipe, which, model, tokenizer)
         write_jsonl(run.path / output, rows)
@@ -462,7 +466,7 @@ def report(
 
     with locked_run(run_dir) as (run, _):
         inputs = ["metrics.json", "comparison.json", "generations/base.jsonl", "generations/tuned.jsonl", "log.jsonl", "data/test.jsonl"]
-        inputs += [name for name in ("harness.json", "general.json") if (run.path / name).exists()] + ["resources.jsonl"] * ("resources.jsonl" in run.manifest.get("files", {}))
+        inputs += [name for name in ("harness.json", "general.json", "behaviour.json") if (run.path / name).exists()] + ["resources.jsonl"] * ("resources.jsonl" in run.manifest.get("files", {}))
         with stage(run, "report", [run.manifest.get("stages", {}).get("compare"), run.manifest.get("stages", {}).get("train")], inputs, ["report.md", "report.html", "figures/"]) as facts:
             if facts is not None:
                 write_report(run.path)

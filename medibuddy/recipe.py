@@ -255,6 +255,7 @@ class EvalConfig:
     sampling_seed: int = 42  # of the drawing
     perplexity: bool = True  # also score the reference answers; costs one forward pass a row
     general: bool = False  # also let both models do sixty general tasks, to see skill that tuning lost; costs sixty short answers a model
+    force_answer: bool = False  # also ask answers cut off at the length limit for their decision alone; reported apart, never graded
     choices: bool = False  # also score the choices (yes, no, maybe; A to E) by likelihood; costs one forward pass a row
 
     def __post_init__(self):

@@ -294,6 +294,11 @@ def check_chain(
 
                 recompute["general.json"] = lambda: compare_general(*(read_jsonl(run.path / f"generations/general-{w}.jsonl") for w in ("base", "tuned")))
         yield from check_scores(run, recompute, notes)
+    if "behaviour" in stages:
+        from medibuddy.chat.behaviour import verify_behaviour
+
+        if fault := verify_behaviour(run, recipe, tokenizer or find_tokenizer(recipe, [])):
+            yield Problem("behaviour.json", fault)
     if "report" in stages:
         yield from check_report(run)
 

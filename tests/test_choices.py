@@ -9,7 +9,7 @@ from sklearn.metrics import brier_score_loss
 from medibuddy.data.chat import encode_prompts
 from medibuddy.data.example import Example
 from medibuddy.evaluation.calibration import calibration, choice_arrays, risk_coverage
-from medibuddy.evaluation.choices import add_choices, cue, encode_choices, score_choices
+from medibuddy.evaluation.choices import add_choices, cue, encode_choices, force_answers, score_choices
 from medibuddy.models.loaders import load_base, load_tokenizer
 
 OPTIONS = (("A", "Metformin"), ("B", "Insulin"), ("C", "Rest"))
@@ -66,6 +66,16 @@ def test_a_label_of_several_tokens_is_read_whole_and_batches_do_not_matter(embed
         assert list(found.values()) == pytest.approx(list(other.values()), abs=1e-4)
         wanted = {label: alone(model, spelled, prompt.text, label) for label in found}
         assert [value - max(found.values()) for value in found.values()] == pytest.approx([value - max(wanted.values()) for value in wanted.values()], abs=1e-3)
+
+
+@pytest.mark.parametrize(("prompt", "text", "closing"), [("Is it so?<think>\n", "It fell in 40", "\n</think>\n\n"), ("Is it so?<think>\n", "It fell.</think>\n\nThe drug", "\n\n"), ("Is it so?\n", "The drug works, since it", "\n\n")])
+def test_a_forced_answer_is_the_likeliest_behind_what_was_written(embedded, prompt, text, closing):
+    model, tokenizer, _ = embedded
+    row = {"id": "a", "prompt": prompt, "text": text, "stop_reason": "length", "gold": "yes", "decision": None}
+    others = [row | {"id": "c", "stop_reason": "stop"}, row | {"id": "open", "gold": None}]
+    (forced, *untouched) = force_answers([row, *others], model, tokenizer, [EXAMPLES[0], EXAMPLES[3], EXAMPLES[2]])
+    chances = {label: alone(model, tokenizer, prompt + text + closing, label) for label in ("yes", "no", "maybe")}
+    assert forced == row | {"forced": max(chances, key=chances.get)} and untouched == others
 
 
 chances = st.lists(st.tuples(st.lists(st.floats(-8, 0), min_size=3, max_size=3), st.sampled_from("ABC")), min_size=2, max_size=40)

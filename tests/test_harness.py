@@ -1,4 +1,7 @@
-"lm-evaluation-harness: a run's rows as its task, its results in the report."
+"""lm-evaluation-harness: a run's rows as its task, its results in the report.
+
+The test with the real one runs where it is installed: `pip install 'lm_eval[hf]' && pytest tests/test_harness.py` (seen with 0.4.13), or with MEDIBUDDY_LM_EVAL set to an interpreter that has it.
+"""
 
 import json
 import os
@@ -10,8 +13,10 @@ import pytest
 import yaml
 
 from medibuddy import flow
-from medibuddy.evaluation.harness import TASK, export_task, import_results, run_harness
-from medibuddy.run import UsageError, read_jsonl
+from medibuddy.evaluation.harness import TASK, export_task, harness_command, import_results, run_harness
+from medibuddy.models.loaders import EMBEDDED_MODEL
+from medibuddy.recipe import Recipe
+from medibuddy.run import Run, UsageError, read_jsonl
 from medibuddy.verification import verify
 
 PYTHON = os.environ.get("MEDIBUDDY_LM_EVAL") or sys.executable  # an interpreter with lm_eval, which medibuddy does not install
@@ -50,6 +55,14 @@ def test_a_file_without_results_and_a_missing_harness_are_said(run, tmp_path, ca
         import_results(run, "base", tmp_path / "other.json")
     status, _, message = call("harness", run, "--python", "/bin/false")
     assert status == 2 and "has no lm_eval" in message
+
+
+def test_the_tuned_model_is_the_same_base_with_the_adapter(run):
+    settings = []
+    for which in ("base", "tuned"):
+        words = harness_command(Run(run), Recipe.load(run / "recipe.yaml"), which, [TASK], run / "harness", "python")
+        settings.append(words[words.index("--model_args") + 1].split(","))
+    assert settings[1] == [*settings[0], f"peft={run.resolve() / 'adapter'}"] and f"pretrained={EMBEDDED_MODEL}" in settings[0]
 
 
 @pytest.mark.skipif(PYTHON == sys.executable and find_spec("lm_eval") is None, reason="lm_eval is not installed here; MEDIBUDDY_LM_EVAL may name an interpreter that has it")

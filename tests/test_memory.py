@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medibuddy.models.loaders import add_lora, load_base, load_tokenizer, skeleton
-from medibuddy.models.memory import LiveBytes, optimizer_bytes, plan, plan_stages, step_bytes, weight_bytes
+from medibuddy.models.memory import LiveBytes, mixed_bytes, optimizer_bytes, plan, plan_stages, recompute_layers, step_bytes, weight_bytes
 from medibuddy.recipe import Recipe
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -62,6 +62,41 @@ def test_a_step_is_predicted_as_it_is_counted(overrides):
     assert counted <= predicted * 1.02  # never less than what is needed
     if recipe.model.backend == "peft":
         assert predicted <= counted * 1.1
+
+
+@pytest.mark.parametrize("backend", ["peft", "medibuddy"])
+def test_memory_is_predicted_for_every_number_of_layers_that_recompute(backend):
+    from medibuddy.kernels.forward import packed_hidden
+    from medibuddy.kernels.lora import fuse_lora
+    from medibuddy.kernels.rows import pack_rows
+
+    recipe = Recipe.load("tiny", backend=backend, max_seq_length=192, batch_size=3, max_new_tokens=16)
+    model = add_lora(load_base("embedded"), recipe.lora, seed=1).train()
+    inner, ids = model.get_base_model().model, torch.zeros((3, 192), dtype=torch.long)
+    if backend == "medibuddy":
+        fuse_lora(model)
+    rows, predicted, found = pack_rows(None, ids), mixed_bytes(recipe, skeleton("embedded"), "float32"), []
+    for count in range(len(predicted)):
+        recompute_layers(model, count)
+        model.zero_grad()
+        live = LiveBytes()
+        live.ignore([*model.parameters(), *model.buffers()])
+        with live:
+            out = packed_hidden(inner, ids.flatten(), rows) if backend == "medibuddy" else inner(ids, use_cache=False)[0]
+            out.backward(torch.empty_like(out))
+        found.append(live.peak)
+    assert all(counted <= 1.02 * size <= 1.5 * counted for counted, size in zip(found, predicted)), (found, predicted)
+
+
+def test_as_few_layers_recompute_as_fit(folders):
+    "Two rows of 2,048 tokens on an 8B model in 4 bits: all layers on a card of 9 GB, some on one of 15, none on an A100"
+    recipe = Recipe.load("deepseek-r1-cot", **{"model.name": folders["llama-8b"], "backend": "medibuddy", "batch_size": 2, "max_seq_length": 2048, "eval_batch_size": 1, "max_new_tokens": 256, "gradient_checkpointing": None})
+    plans = [plan(recipe, int(size)) for size in (9e9, 15e9, 20e9, 85e9)]
+    counts = [made.recomputed for made in plans]
+    assert counts[0] == 32 and 32 > counts[1] > counts[2] > counts[3] == 0, counts
+    assert plans[1].verdict == plans[2].verdict == "fits" and f"{counts[1]} layers recomputed" in str(plans[1])
+    asked = plan(Recipe.load("deepseek-r1-cot", **{"model.name": folders["llama-8b"], "backend": "medibuddy", "gradient_checkpointing": True}), int(85e9))
+    assert asked.recomputed == 32, "a recipe that asks for it gets it"
 
 
 def test_optimizer_state_is_counted_exactly():

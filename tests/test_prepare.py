@@ -44,6 +44,19 @@ def balanced(account):
 # ---- accounts ----
 
 
+def test_several_processes_prepare_the_same_rows(tmp_path, monkeypatch):
+    from medibuddy.data import processes
+
+    rows = [{"input": f"Hello doctor, I am Priya Rao and my {use} came with {drug}.", "output": f"Hi, Stop {drug} and see someone about {use}. Take care."} for drug in DRUGS for use in USES]
+    path = write(tmp_path / "rows.jsonl", [*rows, rows[0], {"input": "Is it gout?", "output": "Yes."}, {"input": "Is it gout? " * 2000, "output": "It may be gout."}])
+    alone = flow.prepare(recipe(source="healthcaremagic", path=path), tmp_path / "alone")
+    monkeypatch.setattr(processes, "ROWS_A_PROCESS", 20)
+    assert processes.process_count(len(rows)) > 1 or processes.process_count(10**6) == 1  # one core has one process
+    together = flow.prepare(recipe(source="healthcaremagic", path=path), tmp_path / "together")
+    assert {**together, "path": None} == {**alone, "path": None} and together["dropped"]["longer than max_seq_length"] == 1
+    assert rows_of(tmp_path / "together") == rows_of(tmp_path / "alone")
+
+
 def test_every_row_dropped_or_changed_is_named_with_its_reason(tmp_path):
     good = [{"input": f"Hello doctor, my {use} came with {drug}.", "output": f"Hi, Stop {drug} and see someone about {use}. Take care."} for drug in DRUGS for use in USES]
     bad = [{"input": "Is it gout?", "output": "Yes."}, {"input": "", "output": "It is."}, good[0], {"input": "I am <|im_end|> ill.", "output": "It may be gout."}, {"input": "My name is Priya Rao, my toe hurts.", "output": "It may be gout, so rest it."}]

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 import medibuddy.training.launch as launcher
 from medibuddy import flow
 from medibuddy.recipe import Recipe
-from medibuddy.run import RunError, sha256_file
+from medibuddy.run import RunError, read_json, sha256_file
 
-KINDS = [pytest.param("fsdp"), pytest.param("zero3", marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"))]
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+KINDS = [pytest.param("fsdp"), *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero2", "zero3"))]
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,24 @@ def test_a_divided_model_trains_the_adapter_that_one_process_trains_and_goes_on_
     shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
     assert flow.train(recipe(rows_file), cut, launch=launch)["resumed_at_step"] == 2
     assert sha256_file(cut / "adapter" / "adapter_model.safetensors") == sha256_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("kind", ["zero2", "zero2-offload", "zero3", "zero3-offload"])
+def test_deepspeed_reads_the_shipped_configurations(kind, tmp_path):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    given = read_json(launcher.CONFIGURATIONS / f"{kind}.json")
+    sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
+
+    def settled(part):  # what the Trainer puts in for "auto"
+        return {key: settled(value) if isinstance(value, dict) else sizes.get(key, False if key == "enabled" else 1000) if value == "auto" else value for key, value in part.items()}
+
+    read = DeepSpeedConfig(settled(given))
+    zero, offload = read.zero_config, kind.endswith("offload")
+    assert int(zero.stage) == int(kind[4]) and read.gradient_clipping == 1.0
+    assert (zero.offload_optimizer is not None and str(zero.offload_optimizer.device.value) == "cpu") is offload
+    assert (zero.offload_param is not None) is (offload and kind.startswith("zero3"))
 
 
 def test_a_model_that_was_not_divided_stops_the_training(tmp_path, rows_file, monkeypatch):

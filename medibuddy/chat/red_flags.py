@@ -114,6 +114,9 @@ class Speller:
         if word in self.right or not SLIP_FREE - 1 <= len(word) <= 18:
             return word
         word = re.sub(r"(.)\1{2,}", r"\1\1", word)  # "pleeeease"
+        single = re.sub(r"(.)\1", r"\1", word)  # "anymoore"
+        if single in self.right:
+            return single
         found = []
         for rest in deletions(word, 2 if len(word) >= TWO_SLIPS - 1 else 1):
             for candidate in self.index.get(rest, ()):

@@ -80,7 +80,7 @@ MONTHS = "january|february|march|april|may|june|july|august|september|october|no
 YOUNG = "child|kid|baby|teenager|teen|student|boy|girl|toddler"
 PAST = re.compile(
     rf"(?<!\S)(?:(?:\S+ )?(?:years?|yrs?|decades?|months|ages) (?:ago|back|earlier|since)|(?:last|that) (?:year|summer|winter|spring|autumn|{MONTHS})"
-    rf"|YEAR|in (?:{MONTHS})|(?:as|was|were) (?:a |an )?(?:{YOUNG}|young|little|small)|when (?:i|he|she|they|we) (?:was|were)|at (?:age|the age)"
+    rf"|YEAR|in (?:{MONTHS})|(?:as|was|were) (?:a |an )?(?:{YOUNG}|young|little|small)|when (?:i|he|she|they|we) (?:was|were)|at (?:age|the age|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen)"
     r"|in (?:my|his|her) (?:teens|20s|30s|40s|twenties|thirties|forties|youth|childhood|20|(?:first|last|previous) pregnancy)|used to|in the past|previously|back then|past medical history"
     r"|since (?:birth|childhood|leaving|(?:he|she|i|they) (?:left|came))|for years|always (?:has|have|had|been)|(?:my|our) usual|died (?:of|from)|passed away|runs in (?:the|my|our|his|her) family|survived|recovered|years before) "
 )
@@ -140,7 +140,7 @@ SUPPOSED = re.compile(
     r"(?<!\S)(?:what )?if (?:(?:i|you|someone|somebody|anyone|anybody|a person|people|he|she|they|my \S+|a \S+) (?:ever|were to)|(?:someone|somebody|anyone|anybody|a person|people|you) (?:gets?|has|have|is|are|starts?|had|develops?)) "
 )
 AVOIDING = frozenset("risk risks prevent preventing prevents prevention avoid avoiding phobia afraid scared fear vaccine against chance chances likelihood asked".split())
-PREVENTING = frozenset("prevent preventing prevention avoid avoiding treat treated treatment accidentally safe safely safest reverse antidote bacteria germs lice weeds arrhythmia arrhythmias mold mould virus viruses nits fleas".split())
+PREVENTING = frozenset("prevent preventing prevention avoid avoiding treat treated treatment accidentally safe safely safest reverse antidote bacteria germs lice weeds arrhythmia arrhythmias mold mould virus viruses nits fleas scabies mites worms threadworms pinworms parasites ticks fungus fungi yeast warts".split())
 PET = re.compile(r"(?<!\S)(?:my|our|the|her|his|a) (?:\S+ )?(?:dog|cat|puppy|kitten|hamster|rabbit|horse|cats|dogs|pet|parrot|guinea pig)(?: \S+)? (?:is|has|was|had|ate|keeps|swallowed|got|drank|died|looks|seems|collapsed) |(?<!\S)in (?:dogs|cats|horses|animals|rats|mice) ")
 
 

@@ -189,7 +189,11 @@ def token_ids(
     tokenizer: Any,  # a fast Hugging Face tokenizer
 ) -> list[list[int]]:
     "Tokenise rendered texts, adding nothing"
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+    # the tokenizer's own call would also note where each token stands in the text and look at every id again
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # what an earlier call asked for would stay
+    backend.no_truncation()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 # %% ../../nbs/api/14_chat.ipynb #7cd8dee2
 def _control_in(
@@ -361,7 +365,7 @@ def check_encoded(
     prompt = prompt_ids if prompt_ids is not None else _pairs([example], tokenizer, frame, answers=False)[0][1]
     for clause, fault in _faults(encoded, prompt, frame, 1 + len(example.turns or ())):
         raise ChatContractError(example.id, clause, fault)
-    if found := _check_turns(tokenizer.batch_decode(_stretches(encoded.input_ids, encoded.labels, len(prompt))), example, frame):
+    if found := _check_turns(tokenizer.backend_tokenizer.decode_batch(_stretches(encoded.input_ids, encoded.labels, len(prompt)), skip_special_tokens=False), example, frame):
         raise ChatContractError(example.id, *found)
     # a prompt is rendered from the user's text alone
     if user_text(example) != user_text(_swapped(example)):

@@ -11,15 +11,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 
 from .dialogue import clean_dialogue, treatment_of
 from .example import Dropped, Example, Turn
+from .processes import map_chunks
 
 # %% auto #0
 __all__ = ['LINE_ENDS', 'CONTROL', 'SURROGATES', 'ENTITY', 'ATTRIBUTES', 'SUPERSCRIPT', 'BLOCK_TAG', 'INLINE_TAG', 'BLANKS',
-           'LINE_BLANKS', 'EMPTY_LINES', 'STEPS', 'THOUGHT', 'CHAT_MARKER', 'WORD', 'without_control', 'without_html',
-           'single_spaced', 'clean_text', 'part_reasoning', 'clean_example', 'fault_of', 'Changed', 'Cleaned',
-           'content_key', 'clean']
+           'STRAY', 'LINE_BLANKS', 'EMPTY_LINES', 'STEPS', 'THOUGHT', 'CHAT_MARKER', 'WORD', 'without_control',
+           'without_html', 'single_spaced', 'clean_text', 'part_reasoning', 'clean_example', 'fault_of', 'Changed',
+           'Cleaned', 'content_key', 'clean']
 
 # %% ../../nbs/api/12_cleaning.ipynb #491178fb
 LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
@@ -53,6 +55,7 @@ def without_html(
 
 # %% ../../nbs/api/12_cleaning.ipynb #5c5f03a9
 BLANKS = re.compile("[^\\S\n]+")  # every white space but the newline
+STRAY = re.compile("[^\\S\n ]|  ")  # something that `BLANKS` would change; most texts have none
 LINE_BLANKS = re.compile(" ?\n ?")
 EMPTY_LINES = re.compile("\n{3,}")
 
@@ -61,7 +64,8 @@ def single_spaced(
     text: str,  # any text
 ) -> str:
     "Collapse blanks, keep paragraphs"
-    return EMPTY_LINES.sub("\n\n", LINE_BLANKS.sub("\n", BLANKS.sub(" ", text))).strip()
+    spaced = BLANKS.sub(" ", text) if STRAY.search(text) else text
+    return EMPTY_LINES.sub("\n\n", LINE_BLANKS.sub("\n", spaced)).strip()
 
 # %% ../../nbs/api/12_cleaning.ipynb #f5131da6
 STEPS: dict[str, Callable[[str], str]] = {
@@ -153,7 +157,7 @@ def fault_of(
     for text in (example.question, example.context or "", example.reasoning or "", example.answer, *more):
         if match := CHAT_MARKER.search(text):
             return "chat marker in the text", match.group()
-    words = WORD.findall(example.answer)
+    words = [] if example.decision else list(islice(WORD.finditer(example.answer), 2))
     if example.decision is None and len(words) < (1 if example.turns else 2):  # "Yes?" may open a conversation
         return ("one-word answer" if words else "empty answer"), example.answer
     return None
@@ -197,16 +201,22 @@ def clean(
     dropped: list[Dropped] = []
     changed: list[Changed] = []
     first: dict[tuple, str] = {}
-    for example in examples:
-        cleaned, reasons = clean_example(example, treatment(example))
-        fault = fault_of(cleaned)
+    for cleaned, reasons, fault in map_chunks(_clean_chunk, [(example, treatment(example)) for example in examples]):
         if fault is None and (key := content_key(cleaned)) in first:
             fault = ("exact duplicate", f"of {first[key]}")
         if fault is not None:
-            dropped.append(Dropped(example.id, *fault))
+            dropped.append(Dropped(cleaned.id, *fault))
             continue
         first[key] = cleaned.id
         kept.append(cleaned)
         if reasons:
-            changed.append(Changed(example.id, tuple(reasons)))
+            changed.append(Changed(cleaned.id, tuple(reasons)))
     return Cleaned(kept, dropped, changed)
+
+
+def _clean_chunk(
+    rows: list[tuple[Example, frozenset[str]]],  # rows with their treatment
+) -> list[tuple[Example, list[str], tuple[str, str] | None]]:  # the clean row, what was changed, and why it cannot be used
+    "What can be said of each row by itself"
+    cleaned = [clean_example(example, treatment) for example, treatment in rows]
+    return [(example, reasons, fault_of(example)) for example, reasons in cleaned]

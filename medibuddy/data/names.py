@@ -139,6 +139,10 @@ OWNS = re.compile(rf"['’]s\s+(?:{PEOPLE_HAVE}|{KIN}|parents|family)\b")
 SAID = re.compile(r"\s+(?:says|said|thinks|told (?:me|us|him|her)|asked (?:me|us|for|if|whether)|wants|drinks|eats|sleeps|weighs|weighed|sits|walks|talks|feels|woke|wakes|phoned|rang|cries|refuses|snores|complains|lent|coughs|vomits|vomited|fell|fainted|swallowed|gave me|needs (?:counsel|to see)|is (?:able to|allowed|scared|depressed|crying|allergic|conscious|unconscious|breathing|refusing|on the)|was (?:born|bitten|diagnosed|admitted)|has (?:been (?:diagnosed|vomiting|crying|coughing)|never|always)|had (?:RSV|measles|mumps|chicken|a stroke|a heart|an operation|surgery))\b")
 SURELY_SAID = re.compile(r"\s+(?:weighs|weighed|snores|cries|vomits|fainted|rang|phoned|swallowed|refuses)\b")
 ASKED = re.compile(r"\s+(?:fast|eat|go|sleep|travel|fly|drink|exercise|still|safely|need (?:an?|the|antibiotics|to see|to be)|have (?:the|a|this))\b")
+# how FOLLOWED, SURELY_SAID, OWNS and SAID begin: one look where there would be four
+AHEAD = re.compile(
+    r"['’]s\s|,|\s+(?:[(\d]|(?:aged?|again|and|aunt|aunty|auntie|here|is|this|says|said|thinks|told|asked|wants|drinks|eats|sleeps|weighs|weighed|sits|walks|talks|feels|woke|wakes|phoned|rang|cries|refuses|snores|"
+    r"complains|lent|coughs|vomits|vomited|fell|fainted|swallowed|gave|needs|was|has|had)\b)")
 MODALS = ("Should", "Can", "Could", "May", "Will", "Does", "Is")
 SIGNATURE = re.compile(rf"(?:[.!?]\s+|\n\s*|\s[-–]\s*)(?:From\s+)?(?P<value>(?:{INITIALS})?{WORD}\s+{NAME}|{INITIALS}{NAME})(?:,\s*{WORD})?\s*\.?\s*\Z")
 SIGNED = re.compile(rf"(?:\b(?:[Tt]hanks?(?: you)?(?: in advance)?|[Rr]egards|[Ss]incerely|[Yy]ours|[Cc]heers|[Ll]ove|wishes|(?:reply|response|answer|soon|help|advice|advance|earliest|you))[,.!]*\s*(?:[-–]\s*)?|\n\s*[-–~]?\s*|\A\s*[-–]\s*|[.!?]\s+[-–]\s*){TITLE}?(?P<value>{NAME})(?:,\s*[^.\n]{{2,30}})?\s*[.!]?\s*\Z")
@@ -312,6 +316,8 @@ def _spoken_of(
     match: re.Match,  # a run of capitalised words in it
 ) -> bool:
     "Whether what follows a run is said of people only"
+    if not AHEAD.match(text, match.end()) and match.group().split()[0] not in MODALS:
+        return False  # most runs
     if PLACED.search(text, max(0, match.start() - 9), match.start()):  # "my doctor in Chennai says"
         return False
     if FOLLOWED.match(text, match.end()) or SURELY_SAID.match(text, match.end()):

@@ -13,7 +13,7 @@ from .names import names
 
 # %% auto #0
 __all__ = ['EMAIL', 'RECORD_CUE', 'RECORD_FORM', 'FOUR_DIGITS', 'MONTH', 'DAY', 'YEAR', 'UNIT', 'DATE', 'SHORT_DATE', 'MONTHS',
-           'PARTED', 'DIGIT', 'PHONE', 'PHONE_CUE', 'STREET', 'PLACE', 'POSTCODE', 'UNIT_NUMBER', 'NUMBERED', 'HOUSE',
+           'DATED', 'DIGIT', 'PHONE', 'PHONE_CUE', 'STREET', 'PLACE', 'POSTCODE', 'UNIT_NUMBER', 'NUMBERED', 'HOUSE',
            'ABROAD', 'NUMBER_AND_CAPITAL', 'ADDRESS_CUE', 'RECOGNISERS', 'Span', 'Scrubbed', 'records', 'dates',
            'phones', 'addresses', 'find_phi', 'scrub_phi']
 
@@ -69,16 +69,16 @@ DATE = re.compile(
     rf"\b{DAY}(?:\s+of)?[\s-]{MONTH}(?:,?[\s-]+(?:{YEAR}|'?\d\d)\b)?|\b{MONTH}[\s-]+{DAY}\b(?!\s*(?:mg|mcg|ml|%|-))(?:,?[\s-]+{YEAR}\b)?|\b{MONTH},?[\s-]+(?:of\s+)?{YEAR}\b", re.IGNORECASE)
 SHORT_DATE = re.compile(r"\b(?:on|dated|date|dob|born|since|from|until|by)[:\s]+(?:the\s+)?(?P<value>(?:0?[1-9]|[12]\d|3[01])[/-](?:0?[1-9]|[12]\d|3[01]))\b(?![/\d.%-]|\s*(?:mm|pain|on|out|scale|vision|power|mg|days?|weeks?|times|hours?))", re.IGNORECASE)
 
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-PARTED = re.compile(r"\d[-/.]\d")
+MONTHS = "(?:jan|feb|mar|apr|may|june?|july?|aug|sep|oct|nov|dec)"
+# what every date has, in lower case: quicker to look for than all forms of a date, and most numbers are no dates
+DATED = re.compile(rf"\d[-/.]\d|{MONTHS}[a-z]*\.?,?[\s-]+(?:of\s+)?\d|\d(?:st|nd|rd|th)?(?:\s+of)?[\s-]{MONTHS}")
 
 
 def dates(
     text: str,  # any text
 ) -> Iterator[Span]:
     "Dates more precise than a year"
-    lower = text.lower()
-    if not PARTED.search(text) and not any(month in lower for month in MONTHS):
+    if not DATED.search(text.lower()):
         return
     for match in DATE.finditer(text):
         # "may" and "march" are verbs too: without a capital they need more than a bare day

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 from .cleaning import Changed, Cleaned, clean
@@ -15,13 +16,14 @@ from .gather import Gathered, read_source, source_treatment
 from .leaks import Leak, find_leaks
 from .mixtures import mix
 from .phi import scrub_phi
+from .processes import map_chunks
 from .splits import divide, split_examples
 from ..recipe import DataConfig, MixtureSource, Recipe
 from ..run import UsageError, sha256_text
 
 # %% auto #0
-__all__ = ['LISTED', 'clean_sources', 'mix_sources', 'split_sources', 'fit_rows', 'template_facts', 'leaking_pairs',
-           'drop_leaking_rows', 'Prepared', 'account_for', 'row_records', 'prepare_rows', 'split_rule',
+__all__ = ['LISTED', 'clean_sources', 'mix_sources', 'split_sources', 'fit_rows', 'encoded_rows', 'template_facts',
+           'leaking_pairs', 'drop_leaking_rows', 'Prepared', 'account_for', 'row_records', 'prepare_rows', 'split_rule',
            'named_test_rows']
 
 # %% ../../nbs/api/16_prepare.ipynb #c6581782
@@ -87,23 +89,66 @@ def split_sources(
     return splits
 
 # %% ../../nbs/api/16_prepare.ipynb #9b114c76
+@lru_cache(1)
+def _tokenizer(
+    name: str,  # of the model
+    revision: str | None,
+) -> Any:
+    "The model's tokenizer, loaded once in a process"
+    from medibuddy.models.loaders import load_tokenizer
+
+    return load_tokenizer(name, revision)
+
+
+def _fit_chunk(
+    examples: list[Example],
+    model: tuple[str, str | None],  # name and revision
+    length: int,  # tokens a row may have
+    new_tokens: int | None,  # tokens kept free for the answer of a test row; None for a training row, which has its answer
+) -> list[Dropped | int]:  # for each row: why it is left out, or the tokens of context cut
+    "Encode and check rows, and keep only what came of it"
+    from medibuddy.data.chat import encode_all, encode_prompts
+
+    tokenizer = _tokenizer(*model)
+    _, dropped, cut = encode_all(examples, tokenizer, length) if new_tokens is None else encode_prompts(examples, tokenizer, length, new_tokens)
+    gone = {row.id_or_row: row for row in dropped}
+    return [gone.get(example.id, cut.get(example.id, 0)) for example in examples]
+
+
 def fit_rows(
     recipe: Recipe,
     rows: dict[str, list[Example]],  # "train", "validation" and "test" rows
-    tokenizer: Any,  # of the model
 ) -> tuple[dict[str, list[Example]], list[Dropped], dict[str, int]]:  # rows that fit, rows left out, tokens of context cut by id
     "Leave out the rows that are too long for the model"
-    from medibuddy.data.chat import encode_all, encode_prompts
-
-    length = recipe.model.max_seq_length
+    model = recipe.model.name, recipe.model.revision
     fitting, left_out, cut = {}, [], {}
     for name, examples in rows.items():
-        encoded = encode_prompts(examples, tokenizer, length, recipe.eval.max_new_tokens) if name == "test" else encode_all(examples, tokenizer, length)
-        gone = {row.id_or_row for row in encoded[1]}
-        fitting[name] = [e for e in examples if e.id not in gone]
-        left_out += encoded[1]
-        cut |= encoded[2]
+        fit = partial(_fit_chunk, model=model, length=recipe.model.max_seq_length, new_tokens=recipe.eval.max_new_tokens if name == "test" else None)
+        outcome = list(zip(examples, map_chunks(fit, examples), strict=True))
+        fitting[name] = [example for example, result in outcome if not isinstance(result, Dropped)]
+        left_out += [result for _, result in outcome if isinstance(result, Dropped)]
+        cut |= {example.id: result for example, result in outcome if not isinstance(result, Dropped) and result}
     return fitting, left_out, cut
+
+# %% ../../nbs/api/16_prepare.ipynb #8d01fc22
+def _encode_chunk(
+    examples: list[Example],
+    model: tuple[str, str | None],  # name and revision
+    length: int,  # tokens a row may have
+) -> list[Any]:  # `EncodedChat`
+    "Encode and check training rows"
+    from medibuddy.data.chat import encode_all
+
+    return encode_all(examples, _tokenizer(*model), length)[0]
+
+
+def encoded_rows(
+    recipe: Recipe,
+    examples: list[Example],  # training or validation rows
+) -> list[Any]:  # an `EncodedChat` for each that fits, in order
+    "What the trainer gets"
+    encode = partial(_encode_chunk, model=(recipe.model.name, recipe.model.revision), length=recipe.model.max_seq_length)
+    return list(map_chunks(encode, examples))
 
 
 def template_facts(
@@ -196,15 +241,12 @@ def prepare_rows(
     digests: list[str],  # from `data_digests`
 ) -> Prepared:
     "Load, clean, mix, split, fit and leak-check the rows of a recipe; raises `UsageError` when too few are left"
-    from medibuddy.models.loaders import load_tokenizer
-
     data, parts = recipe.data, recipe.data.parts()
     sources = [read_source(part, digest) for part, digest in zip(parts, digests, strict=False)]
     benchmarks = {part.path or part.source: read_source(part, digest) for part, digest in zip(data.benchmarks, digests[len(parts):], strict=True)}
     by_source, cleaned = clean_sources(sources, data.scrub)
     by_source, left_out = mix_sources(parts, sources, by_source)
-    tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
-    rows, too_long, cut = fit_rows(recipe, split_sources(data, sources, by_source), tokenizer)
+    rows, too_long, cut = fit_rows(recipe, split_sources(data, sources, by_source))
     pairs = leaking_pairs(rows, {name: clean(source.examples).examples for name, source in benchmarks.items()})
     rows, leaks = drop_leaking_rows(rows, pairs, data.drop_leaks)
     unread = [row for source in sources for row in source.unread]
@@ -218,7 +260,7 @@ def prepare_rows(
         changed=len(cleaned.changed), changed_by_reason=dict(sorted(cleaned.counts()["changed"].items())), leaks=len(leaks),
         leak_pairs=dict(sorted(Counter(f"{leak.kind}, {place}" for place, leak in pairs).items())), context_cut=len(cut), split_rule=split_rule(sources),
         named_test=named_test_rows(sources, parts, rows), scrub=data.scrub, sources=[source.facts for source in sources],
-        benchmarks=[source.facts for source in benchmarks.values()], template=template_facts(tokenizer),
+        benchmarks=[source.facts for source in benchmarks.values()], template=template_facts(_tokenizer(recipe.model.name, recipe.model.revision)),
     )
     return Prepared(rows, account, row_records(dropped, cleaned.changed, cut))
 

@@ -29,7 +29,10 @@ class ChatContractError(UsageError):
         found: str,  # what was found instead, and what to do
     ):
         super().__init__(f"row {row!r} breaks the chat contract ({clause}): {found}")
-        self.row, self.clause = row, clause
+        self.row, self.clause, self.found = row, clause, found
+
+    def __reduce__(self):  # the error of another process is built again from what it was built from
+        return type(self), (self.row, self.clause, self.found)
 
 # %% ../../nbs/api/13b_template.ipynb #ee7dbd8d
 SIMPLE_TEMPLATE = Path(medibuddy.__file__).parent / "data" / "simple_chat.jinja"

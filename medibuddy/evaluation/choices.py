@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ChoicePrompt', 'cue', 'share_prefix', 'encode_choices', 'tail_layout', 'tail_mask', 'score_batch', 'score_choices',
-           'add_choices']
+           'add_choices', 'cut_off', 'force_answers']
 
 # %% ../../nbs/api/40e_choices.ipynb #78c11d71
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ from typing import Any
 
 from ..data.chat import EncodedPrompt, token_ids
 from ..data.example import Example, labels_of
+from .extract import answer_bounds, opens_reasoning
 from .likelihood import plan_rows
+from ..kernels.allocator import keep_freed_memory
 
 # %% ../../nbs/api/40e_choices.ipynb #6bbdeade
 @dataclass(frozen=True)
@@ -94,6 +96,12 @@ def score_batch(
     "Score the choices of a batch"
     import torch
 
+    if all(len(tail) == 1 for q in questions for tail in q.tails):
+        from medibuddy.evaluation.prefill import last_logits, served_model
+
+        if inner := served_model(model):
+            logits = last_logits(inner, [q.input_ids for q in questions]).double().log_softmax(-1)
+            return [[float(row[tail[0]]) for tail in question.tails] for row, question in zip(logits, questions)]
     width, layouts = max(len(q.input_ids) for q in questions), [tail_layout(q) for q in questions]
     rows = [q.input_ids + [0] * (width - len(q.input_ids)) for q in questions]
     needed = sorted({place for _, places in layouts for choice in places for place in choice})
@@ -120,9 +128,14 @@ def score_choices(
     order = sorted(range(len(questions)), key=lambda i: (-len(questions[i].input_ids), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)] if batch_size else plan_rows(questions)
     found: dict[int, dict[str, float]] = {}
-    for batch in batches:
-        for i, scores in zip(batch, score_batch(model, [questions[i] for i in batch]), strict=True):
-            found[i] = dict(zip(questions[i].labels, scores, strict=True))
+    kept = model.device.type == "cpu" and keep_freed_memory()
+    try:
+        for batch in batches:
+            for i, scores in zip(batch, score_batch(model, [questions[i] for i in batch]), strict=True):
+                found[i] = dict(zip(questions[i].labels, scores, strict=True))
+    finally:
+        if kept:
+            keep_freed_memory(False)
     return [found[i] for i in range(len(questions))]
 
 # %% ../../nbs/api/40e_choices.ipynb #8bfd9817
@@ -137,3 +150,27 @@ def add_choices(
     questions = encode_choices(examples, prompts, tokenizer)
     scores = {question.id: score for question, score in zip(questions, score_choices(model, questions), strict=True)}
     return [row | ({"choices": {label: round(value, 6) for label, value in scores[row["id"]].items()}} if row["id"] in scores else {}) for row in rows]
+
+# %% ../../nbs/api/40e_choices.ipynb #aa61fd8c
+def cut_off(
+    row: dict,  # generations row
+) -> bool:
+    "Whether a gradable answer ran into the length limit"
+    return row["stop_reason"] == "length" and row["gold"] is not None
+
+
+def force_answers(
+    rows: list[dict],  # generations rows, in the order of `examples`
+    model: Any,  # a Transformers model in evaluation mode
+    tokenizer: Any,
+    examples: list[Example],
+) -> list[dict]:  # the rows; those that were cut off with `forced`, the likeliest decision behind what they had written
+    "Take the decision of every answer that was cut off"
+    if not any(map(cut_off, rows)):
+        return rows
+    unfinished = [(example, row) for example, row in zip(examples, rows, strict=True) if cut_off(row)]
+    closings = ["\n</think>\n\n" if answer_bounds(row["text"], opens_reasoning(row["prompt"])) is None else "\n\n" for _, row in unfinished]
+    prompts = [EncodedPrompt(row["prompt"] + row["text"] + closing, []) for (_, row), closing in zip(unfinished, closings, strict=True)]
+    questions = encode_choices([example for example, _ in unfinished], prompts, tokenizer)
+    found = {question.id: max(score, key=score.get) for question, score in zip(questions, score_choices(model, questions), strict=True)}
+    return [row | ({"forced": found[row["id"]]} if row["id"] in found else {}) for row in rows]

@@ -117,7 +117,7 @@ def taken_back(
             return True
     return False
 
-# %% ../../nbs/api/41_extract.ipynb #2beaa314
+# %% ../../nbs/api/41_extract.ipynb #36439caf
 def verdict(
     text: str,  # blanked text, ending where the answer ends
     claims: list[Claim],  # in the order of the text

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORD_LABELS', 'UNPARSEABLE', 'QUESTION_WORD', 'task_labels', 'decided', 'wilson', 'share', 'class_scores',
            'majority_class', 'text_scores', 'mean', 'group_scores', 'scores_by', 'question_type', 'answer_length',
-           'pubmedqa_scores', 'perplexity', 'consultation_summary', 'check_rows', 'metrics']
+           'pubmedqa_scores', 'perplexity', 'consultation_summary', 'check_rows', 'forced_summary', 'metrics']
 
 # %% ../../nbs/api/42_metrics.ipynb #5baecd84
 import math
@@ -217,6 +217,16 @@ def check_rows(
                 raise UsageError(f"row {row['id']!r} has `{key}` {row[key]!r}, which is none of the `labels` {', '.join(labels) or '(none)'}; pass the labels of the task.")
 
 # %% ../../nbs/api/42_metrics.ipynb #555c87f8
+def forced_summary(
+    rows: list[dict],  # generations rows
+    total: dict,  # n and correct over all graded rows, none of which ran into the limit
+) -> dict | None:  # asked, correct, and the accuracy that would follow; None where no decision was forced
+    "What decisions forced from unfinished answers would change"
+    forced = [row for row in rows if row["gold"] is not None and row.get("forced")]
+    correct = sum(row["forced"] == row["gold"] for row in forced)
+    return {"asked": len(forced), "correct": correct, "accuracy_with_them": share(total["correct"] + correct, total["n"])} if forced else None
+
+# %% ../../nbs/api/42_metrics.ipynb #5e684922
 def metrics(
     rows: list[dict],  # generations rows: id, prompt, text, decision, gold, stop_reason, new_tokens
     labels: tuple[str, ...] | None = None,  # the decisions that the task allows; None reads them off the rows
@@ -248,5 +258,6 @@ def metrics(
         "consultation": consultation_summary(rows, pairs),
         "errors": count_errors(rows, references),
         "choices": calibration(rows),
+        "forced": forced_summary(rows, total),
         "pubmedqa_official": pubmedqa_scores(rows, references),
     }

@@ -23,7 +23,7 @@ from .errors import error_types
 from .measures import MEASURE_NAMES, undecided
 from .metrics import decided, text_scores
 from .paired import spell_p
-from .tables import SPACE, general_table, harness_table, choice_table, class_table, cost_table, data_table, environment_table, error_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
+from .tables import SPACE, forced_table, general_table, harness_table, choice_table, behaviour_table, class_table, cost_table, data_table, environment_table, error_table, file_table, group_table, headline_table, measure_table, official_table, percent, setting_table, signed_points, source_table, specialty_table, thousands
 from .training_view import TRAINING_FIGURES, draw_training, health_table, resource_table
 from ..recipe import Recipe
 from ..run import UsageError, open_run, read_json, read_jsonl, sha256_text, write_atomic
@@ -99,6 +99,7 @@ def collect(
         "recipe": Recipe.load(run.recipe_path).to_dict() if run.recipe_path.exists() else {},
         "manifest": manifest,
         "general": read_if_there(run.path / "general.json", read_json, {}),
+        "behaviour": read_if_there(run.path / "behaviour.json", read_json, {}),
         "harness": read_if_there(run.path / "harness.json", read_json, {}),
         "metrics": read_json(run.path / "metrics.json"),
         "comparison": read_json(run.path / "comparison.json"),
@@ -274,7 +275,7 @@ def view(
         "leaks": leak_line(facts),
         "tables": {
             "headline": headline_table(facts), "sources": source_table(facts), "classes": class_table(facts), "specialties": specialty_table(facts), "data": data_table(facts),
-            "errors": error_table(facts), "measures": measure_table(facts), "official": official_table(facts), "choices": choice_table(facts), "harness": harness_table(facts), "general": general_table(facts),
+            "errors": error_table(facts), "measures": measure_table(facts), "official": official_table(facts), "choices": choice_table(facts), "forced": forced_table(facts), "harness": harness_table(facts), "general": general_table(facts), "behaviour": behaviour_table(facts),
             "types": group_table(facts, "by_question_type", "Question", "Types of question."),
             "lengths": group_table(facts, "by_answer_length", "Reference answer", "Length of the reference answer."),
             "settings": setting_table(facts), "health": health_table(facts), "resources": resource_table(facts), "cost": cost_table(facts), "environment": environment_table(facts), "files": file_table(facts),

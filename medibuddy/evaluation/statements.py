@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DECISIONS', 'NOUNS', 'ASKED', 'OTHER_LANGUAGES', 'MARKER', 'ABOUT', 'ASIDE', 'IS', 'FIRMLY', 'LINK', 'INSTEAD',
-           'BOXED', 'BOXED_TEXT', 'BOX_DENIED', 'CHOSEN', 'SO', 'ONLY_ONE', 'LEFT_OVER', 'SUPPORTED', 'CHECKED',
-           'CALLED', 'SENTENCE_OVER', 'LETTER_OVER', 'OPTION_IS', 'IS_RIGHT', 'ANY', 'FOREIGN', 'ENGLISH', 'TALK',
-           'CHATTY', 'LIMITED', 'SURE', 'FULL_CLAUSE', 'MEASURED', 'SET_OFF', 'LETTER_SET_OFF', 'OPTION_LINE',
-           'OPTION_INLINE', 'CLOSING', 'ANSWERED', 'Claim', 'either', 'linked', 'marked_claims', 'phrase_claims',
-           'whole_claim', 'opening_claim', 'closing_claims', 'last_line_claim', 'answered_claim']
+           'BOXED', 'BOXED_TEXT', 'BOX_DENIED', 'CHOSEN', 'SO', 'ONLY_ONE', 'LEFT_OVER', 'SUPPORTED', 'CORRESPONDS',
+           'IMPERATIVE', 'CHECKED', 'CALLED', 'SENTENCE_OVER', 'LETTER_OVER', 'OPTION_IS', 'IS_RIGHT', 'ANY', 'FOREIGN',
+           'ENGLISH', 'TALK', 'CHATTY', 'LIMITED', 'SURE', 'FULL_CLAUSE', 'MEASURED', 'SET_OFF', 'LETTER_SET_OFF',
+           'OPTION_LINE', 'OPTION_INLINE', 'CLOSING', 'ASKS', 'ANSWERED', 'Claim', 'either', 'linked', 'marked_claims',
+           'phrase_claims', 'whole_claim', 'opening_claim', 'closing_claims', 'last_line_claim', 'answered_claim']
 
 # %% ../../nbs/api/40f_statements.ipynb #2055a999
 import re
@@ -42,14 +42,14 @@ NOUNS = either("decision|answer|verdict|conclusion|choice|option|judgement|judgm
 ASKED = either("diagnosis|step|management|treatment|therapy|cause|explanation|test")  # "the most likely diagnosis is B"
 OTHER_LANGUAGES = r"(?:最终|正确)?(?:答案|决定|选择|选项)|(?:respuesta|réponse|antwort|risposta|resposta)"
 MARKER = re.compile(
-    rf"(?<![\w-])(?P<noun>final[ _]?{DECISIONS}|{NOUNS}|(?:(?<=\n)|(?<![\s\S]))A(?=: )|(?:final|correct|key|solution)(?=\s{{0,2}}[:：])|(?:most likely|likeliest|most appropriate|best|correct|right) (?:next |initial |first )?{ASKED}(?: in management)?)\b"
+    rf"(?<![\w-])(?P<noun>final[ _]?{DECISIONS}|{NOUNS}|(?:(?<=\n)|(?<![\s\S])|(?<=\? ))A(?=: )|(?:final|correct|key|solution)(?=\s{{0,2}}[:：])|(?:most likely|likeliest|most appropriate|best|correct|right) (?:next |initial |first )?{ASKED}(?: in management)?)\b"
     rf"|(?P<foreign>{OTHER_LANGUAGES})(?: (?:correcta|correcte|corretta|final))?",
     re.IGNORECASE,
 )
-ABOUT = rf" (?:to|on|for|of) (?:the|this|your|that) (?:[a-z]{{1,12}} )?{either('question|abstract|study|case|passage|article|paper')}(?:,? (?:based on|given|from) [^,.\n]{{1,40}}?(?=,| is ),?)?"
-ASIDE = r", (?:in short|then|therefore|thus|however|in brief|without (?:a |any )?doubt|of course|in my view|based on [^,.\n]{1,40}),"
-IS = either("isn['’]t|is|must be|remains|has to be|would have to be|can only be|will have to be|ought to be|would be|should be|will be|cannot be|can['’]t be|es|est|ist|è|é")
-FIRMLY = either("clear|firm|definite|resounding|unequivocal|emphatic")
+ABOUT = rf" (?:to|on|for|of) (?:the|this|your|that) (?:[a-z]{{1,12}} )?{either('question|abstract|study|case|passage|article|paper')}(?:,? (?:based on|given|from) [^,.\n]{{1,40}}?(?=,| is ),?)?| to whether [^,.;:!?\n]{{1,90}}?(?= is )"
+ASIDE = r", (?:in short|then|therefore|thus|however|in brief|without (?:a |any )?doubt|of course|in my view|(?:after|having) (?:weigh|consider|read|review)[^,.\n]{1,40}|based on [^,.\n]{1,40}),"
+IS = either("isn['’]t|is|must be|remains|has to be|would have to be|can only be|will have to be|ought to be|would be|should be|will be|cannot be|can['’]t be|es|est|ist|è|é", "would (?:therefore|thus|then|hence) be")
+FIRMLY = either("clear|firm|definite|resounding|unequivocal|emphatic|unqualified|unambiguous|unreserved|categorical|straightforward|simple|plain|outright|flat|strong")
 LINK = re.compile(
     rf"(?P<gap>(?:\s?[\[(][^\])\n]{{1,40}}[\])](?=\s{{0,2}}[:：])|{ABOUT}| here| on this|{ASIDE})?(?:{OPEN}(?:{IS}(?!\w)|:|：|=>|->|=|[→➜➔⇒⟶]|是|为|选|[-–—](?=\s)|\|)){{0,3}}(?:{ASIDE})?{OPEN})"
     rf"(?P<adverbs>(?:(?:{either('therefore|thus|hence|clearly|definitely|simply|indeed|still|then|again|option|choice|letter|answer|number|most|likely|la|el|die')}|an?(?= {FIRMLY})|{FIRMLY})\b[,:]? ){{0,4}}(?:an? (?=[\"“*']{{0,3}}(?:yes|no|maybe)\b(?! \w)))?)"
@@ -109,13 +109,18 @@ CHOSEN = re.compile(
 )
 SO = either("so|therefore|thus|hence|consequently|accordingly|∴")
 ONLY_ONE = either("it is|it's|it’s|it must be|must be|go with|letter:|leaving", "eliminating [^.\\n]{1,60} leaves", "(?:this|that|which) leaves", "by (?:elimination|exclusion)[,:]")
-LEFT_OVER = re.compile(rf"(?:^|(?<=[.!?\n,;])) {{0,3}}(?:{SO},? (?:it (?:is|must be) |the answer is )?|{ONLY_ONE}(?: only| us with)? )(?:option |choice )?[(*]{{0,3}}", re.IGNORECASE)
-SUPPORTED = re.compile(r"\b(?:supports?|points? to|favou?rs?|suggests?|warrants?|justif(?:y|ies))(?: an?| the)?(?: (?:answer|decision|label|conclusion) of)? [*_]{0,2}[\"“‘][*_]{0,2}", re.IGNORECASE)
+LEFT_OVER = re.compile(rf"(?:^|(?<=[.!?\n,;])) {{0,3}}(?:{SO},? (?:it (?:is|must be) |the answer is )?|(?:I (?:think|believe|would say) (?:that )?)?{ONLY_ONE}(?: only| us with)? )(?:option |choice )?[(*]{{0,3}}", re.IGNORECASE)
+SUPPORTED = re.compile(r"\b(?:supports?|points? to|favou?rs?|suggests?|warrants?|justif(?:y|ies))(?: an?| the)?(?: (?:answer|decision|label|conclusion) of)? [*_]{0,2}[\"“‘'][*_]{0,2}", re.IGNORECASE)
+CORRESPONDS = re.compile(
+    r"(?:^|(?<=[.!?\n])) {0,3}(?:(?:so|thus|therefore|hence),? )?(?:this|that|it|which) (?:clearly |best )?(?:corresponds to|matches|fits|means) (?:the )?(?:option|choice|answer) (?:choice )?[(*]{0,3}"
+    r"|\b(?:most likely|best|most appropriate|correct|right)\b[^.!?\n]{1,60}, which (?:is|corresponds to|matches) (?:option|choice|answer) [(*]{0,3}", re.IGNORECASE,
+)
+IMPERATIVE = re.compile(r"(?:^|(?<=[.!?\n])) {0,3}(?:choose|pick|select|go with) (?:option |answer )?[(*]{0,3}(?=[A-Z][)*.!]{0,4}\s{0,3}\Z)", re.IGNORECASE)
 CHECKED = re.compile(r"(?:^|(?<=\n))[ *-]{0,4}(?:[\[(][xX✓✔✅][\])]|☑️?|✅) {1,3}")
 CALLED = re.compile(rf"(?:^|(?<=[.!?\n])) {{0,3}}(?:it|that|this)(?:['’]s| is| would be) (?:definitely |clearly |certainly )?an? (?:{FIRMLY} )?[*\"“]{{0,3}}", re.IGNORECASE)
 SENTENCE_OVER = re.compile(r"[*_\"'”]{0,3}(?: from me)?[.!]{0,3}[*_\"'”]{0,3}\s{0,5}(?:\n|$)|[*_]{0,3}[.!] ")
-LETTER_OVER = re.compile(r"[)*_]{0,4}(?:[.!:;]? {0,3}(?:\n|$)|[.!] [A-Z])")
-OPTION_IS = re.compile(r"(?:^|(?<=[\n.!?:;,*(]))[ *_(]{0,4}(?:(?:so|thus|therefore|hence|option|choice|answer|(?:I|we) (?:conclude|think|believe)(?: that)?),? ){0,3}[(*]{0,3}(?=[A-Z][)*. ])", re.IGNORECASE)
+LETTER_OVER = re.compile(r"[)*_]{0,4}(?: it is)?(?:[.!:;]? {0,3}(?:\n|$)|[.!] [A-Z])")
+OPTION_IS = re.compile(r"(?:^|(?<=[\n.!?:;,*(]))[ *_(]{0,4}(?:(?:so|thus|therefore|hence|only|option|choice|answer|(?:I|we) (?:conclude|think|believe)(?: that)?),? ){0,3}[(*]{0,3}(?=[A-Z][)*. ])", re.IGNORECASE)
 IS_RIGHT = re.compile(
     r"[)*.]{0,4} is (?:(?:clearly|therefore|thus|indeed|definitely|the|single|most) ){0,4}(?:correct|right|best|appropriate|answer)(?: (?:answer|option|choice|one|next step))?"
     r"(?=\s{0,2}(?:[.,;:!)*\n]|because|since|as|here|given|$))",
@@ -132,15 +137,15 @@ def phrase_claims(
     "Claims by phrase: a box, `I choose B`, `B is correct`, `Therefore, yes.`"
     patterns = [(BOXED, "boxed", BOXED_TEXT if spelled.letters else re.compile(r"\.?\s{0,3}\)?[\s}]{0,6}\}")), (CHOSEN, "choice", ANY)]
     if spelled.letters:
-        patterns += [(OPTION_IS, "option statement", IS_RIGHT), (LEFT_OVER, "closing sentence", LETTER_OVER)]
+        patterns += [(OPTION_IS, "option statement", IS_RIGHT), (LEFT_OVER, "closing sentence", LETTER_OVER), (CORRESPONDS, "corresponding option", LETTER_OVER), (IMPERATIVE, "choice", LETTER_OVER)]
     else:
-        patterns += [(SUPPORTED, "supported label", re.compile(r"[*_]{0,2}[\"”’]")), (CHECKED, "checked box", re.compile(r"[ *_.]{0,4}(?:\n|$)")), (CALLED, "verdict sentence", SENTENCE_OVER)]
+        patterns += [(SUPPORTED, "supported label", re.compile(r"[*_]{0,2}[\"”’']")), (CHECKED, "checked box", re.compile(r"[ *_.]{0,4}(?:\n|$)")), (CALLED, "verdict sentence", SENTENCE_OVER)]
     for pattern, rule, after in patterns:
         for phrase in pattern.finditer(text, here):
             value = spelled.value.match(text, phrase.end())
             if not value or not after.match(text, value.end()):
                 continue
-            if rule in ("boxed", "supported label"):  # any words may lead to these; a denial may not
+            if rule in ("boxed", "supported label", "corresponding option"):  # any words may lead to these; a denial may not
                 status = "doubted" if BOX_DENIED.search(sentence_before(text, phrase.start(), here)) else "stated"
             else:
                 status = asserted(text, phrase.start(), here)
@@ -160,11 +165,11 @@ CHATTY = re.compile(rf"[\s,.!:—–-]{{1,4}}{TALK}\b", re.IGNORECASE)
 LIMITED = re.compile(
     rf"[\s,;—–-]{{1,4}}{either('but|if|although|though|only|unless|in part|partly|partially|possibly|perhaps|probably|sometimes|except|maybe|not always|not necessarily|in theory|to some extent|in some|in animals|in mice|in rats|in vitro|in men|in women|in children|in adults')}\b", re.IGNORECASE
 )
-SURE = r"(?:(?:definitely|certainly|clearly|surely|absolutely),? )?"  # an adverb that leaves no doubt; "probably yes" is left open
+SURE = r"(?:(?:definitely|certainly|clearly|surely|absolutely|sure|indeed)(?:,|:| [-–—])? )?"  # an adverb that leaves no doubt; "probably yes" is left open
 FULL_CLAUSE = r"(?:it|they|there|these|this|the \w{1,30}) (?:\w{1,20} )?(?:is|are|was|were|does|do|did|has|have|had|works?|reduces?|improves?|increases?|appears?|can)\b"
 MEASURED = r" [(\[](?=see\b|table|fig|p ?[<=>]|n ?=|OR\b|HR\b|RR\b|CI\b|95|(?:low|moderate|high|strong|weak)\b)"  # "No (p = 0.4)."
 SET_OFF = re.compile(rf"{CLOSE}(?:[.,;:!—–]|\s[-—–]\s|\s{{0,3}}(?:\n|$)| {FULL_CLAUSE}|{MEASURED})")
-LETTER_SET_OFF = re.compile(rf"{CLOSE}(?:[.:!—–]|\s[-—–]\s|\s{{0,3}}\n|[)\]]\s|, (?:because|since|as|given)\b)|[*_\"]{{0,3}}[)\]]")
+LETTER_SET_OFF = re.compile(rf"{CLOSE}(?:[.:!—–]|\s[-—–]\s|\s{{0,3}}\n|[)\]]\s|, (?:because|since|as|given)\b|, (?:and )?not (?:option )?\(?[A-Z]\)?[.!]?\s{{0,3}}(?:\n|$))|[*_\"]{{0,3}}[)\]]")
 OPTION_LINE = re.compile(r"^[ *(>•-]{0,5}([A-Z])[*]{0,2}(?:[).:]| [-—–] )", re.MULTILINE)
 OPTION_INLINE = re.compile(r"(?:^|[,;] ?)\(?([A-Z])[):.] ", re.MULTILINE)
 
@@ -213,7 +218,7 @@ def opening_claim(
 
 # %% ../../nbs/api/40f_statements.ipynb #e83edf11
 CLOSING = re.compile(
-    rf"(?:^|(?<=[.!?\n,;])) {{0,3}}(?:{SO}|{either('all things considered|in short|in brief|in conclusion|in summary|in sum|in a word|in one word|without hesitation|overall|on balance|tl;dr|bottom line|to conclude|all in all|altogether|sadly|unfortunately', 'to (?:answer|address) (?:the|your|this) question(?: directly)?', '(?:so|thus),? in short', 'considering (?:all )?(?:the above|this|these)', 'i(?:.m| am) (?:confident|sure|certain)', 'in (?:my|our) (?:opinion|view|judgement|judgment)', '(?:from|based on|according to|given|judging by) (?:the|these|this) (?:data|abstract|results|findings|evidence|study|text|passage|information|context)(?: (?:presented|provided|given|above|alone))?', 'if (?:I )?(?:had to choose|forced to choose|pressed|must choose)')})"
+    rf"(?:^|(?<=[.!?\n,;])) {{0,3}}(?:{SO}|{either('all things considered|in the end|all told|there is no doubt|there is no question|there is no doubt about it|there is no question about it|without a doubt|beyond doubt|in short|in brief|in conclusion|in summary|in sum|in a word|in one word|without hesitation|overall|on balance|tl;dr|bottom line|to conclude|all in all|altogether|sadly|unfortunately', 'to (?:answer|address) (?:the|your|this) question(?: directly)?', '(?:so|thus),? in short', 'considering (?:all )?(?:the above|this|these)', 'i(?:.m| am) (?:confident|sure|certain)', 'in (?:my|our) (?:opinion|view|judgement|judgment)', '(?:from|based on|according to|given|judging by) (?:the|these|this) (?:data|abstract|results|findings|evidence|study|text|passage|information|context)(?: (?:presented|provided|given|above|alone))?', 'if (?:I )?(?:had to choose|forced to choose|pressed|must choose)')})"
     rf"(?:[,:] ?| [—–-] | )[*_\"'“]{{0,3}}",
     re.IGNORECASE,
 )
@@ -249,7 +254,8 @@ def last_line_claim(
     return claim and Claim(claim.label, claim.start, claim.end, "alternatives" if listed else "stated", "last line")
 
 # %% ../../nbs/api/40f_statements.ipynb #9c3ac989
-ANSWERED = re.compile(r"\s{0,20}(?:Q(?:uestion)?: ?)?[A-Z][^.!?\n]{2,300}\?[\"”*)]{0,3}\s{1,3}[*_]{0,3}")
+ASKS = "Is|Are|Was|Were|Do|Does|Did|Can|Could|Should|Would|Will|Has|Have|Had|May|Might|Must|In|Among|For|After|At|Yes or no|(?:(?:So|And) )?(?:[Tt]he|[Mm]y) (?:final )?(?:answer|decision|verdict|conclusion)"  # "Significant? No." answers another question
+ANSWERED = re.compile(rf"\s{{0,20}}(?:Q(?:uestion)?: ?)?(?:{ASKS})\b(?! there\b)[^.!?\n]{{0,300}}\?[\"”*)]{{0,3}}\s{{1,3}}[*_]{{0,3}}")
 
 
 def answered_claim(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'SPACE', 'HUMAN', 'percent', 'with_interval', 'signed_points', 'thousands', 'bare_p', 'duration', 'table',
            'headline_table', 'source_table', 'class_table', 'group_table', 'specialty_table', 'measure_table',
-           'choice_table', 'general_table', 'harness_table', 'error_table', 'official_table', 'data_table',
-           'setting_table', 'cost_table', 'environment_table', 'file_table']
+           'choice_table', 'forced_table', 'general_table', 'behaviour_table', 'harness_table', 'error_table',
+           'official_table', 'data_table', 'setting_table', 'cost_table', 'environment_table', 'file_table']
 
 # %% ../../nbs/api/44a_tables.ipynb #58cb341f
 from pathlib import PurePath
@@ -189,6 +189,15 @@ def choice_table(
     caption = "The likeliest choice behind the prompt, without an answer being generated. Calibration error: mean distance between confidence and accuracy over ten bins of equal size, beside what chance alone would show. Brier score: 0 to 2, lower is better. Risk: mean error rate over all shares answered, the surest first."
     return table(caption, ["", "n", "Accuracy", "Confidence", "Calibration error", "By chance", "Brier", "Risk"], rows)
 
+# %% ../../nbs/api/44a_tables.ipynb #d896665e
+def forced_table(
+    facts: dict,  # as `report.collect` gives them
+) -> dict | None:  # None when no decision was forced
+    "Answers that were cut off, and the decision that follows when their reasoning is closed"
+    sides = [(name, facts["metrics"].get(which) or {}) for which, name in (("base", "Base model"), ("tuned", "Tuned model"))]
+    rows = [[name, str(part["forced"]["asked"]), str(part["forced"]["correct"]), percent(part["accuracy"]), percent(part["forced"]["accuracy_with_them"])] for name, part in sides if part.get("forced")]
+    return table("Answers that ran into the length limit, closed where they broke off and asked for the decision alone. They count as wrong everywhere else in this report.", ["", "Cut off", "Right when forced", "Accuracy", "Accuracy with them"], rows)
+
 # %% ../../nbs/api/44a_tables.ipynb #74864a2f
 def general_table(
     facts: dict,  # as `report.collect` gives them
@@ -199,6 +208,20 @@ def general_table(
     rows = [[names[kind], str(part["n"]), str(part["base"]), str(part["tuned"]), f"{part['tuned'] - part['base']:+d}".replace("-", "−")] for kind, part in found.get("by_kind", {}).items()]
     rows += [["All", str(found["n"]), str(found["base"]), str(found["tuned"]), f"{found['tuned'] - found['base']:+d}".replace("-", "−")]] if found else []
     return table(f"Short general tasks done, none of them medical ({len(found.get('lost', []))} lost, {len(found.get('gained', []))} gained, {spell_p(found.get('mcnemar_p', 1.0))}).", ["", "n", "Base", "Tuned", "Difference"], rows)
+
+# %% ../../nbs/api/44a_tables.ipynb #f5507b59
+def behaviour_table(
+    facts: dict,  # as `report.collect` gives them
+) -> dict | None:  # None when the behaviour suite was not asked
+    "Behaviour before and after, pair by pair"
+    from medibuddy.chat.behaviour import PROBES
+    from medibuddy.chat.behaviour_cases import GROUPS
+
+    found = facts.get("behaviour", {})
+    parts = {GROUPS[name]: part for name, part in found.get("groups", {}).items()} | {PROBES[name]: part for name, part in found.get("probes", {}).items() if part["n"]}
+    rows = [[label, str(part["n"]), str(part["base"]), str(part["tuned"]), str(len(part["gained"])), str(len(part["lost"])), spell_p(part.get("p_holm", part["p"]))] for label, part in parts.items()]
+    verdicts = [f"The {which} model {'passes' if found[which]['passes'] else 'does not pass'} (nine in ten of every group)." for which in ("base", "tuned") if found]
+    return table(" ".join(["Emergencies, their harmless twins, and pairs of questions that differ in one word; a pair counts when both answers are right. Exact McNemar test, adjusted by Holm’s method over the groups; what concerns reasoning is not graded.", *verdicts]), ["", "n", "Base", "Tuned", "Gained", "Lost", "p"], rows)
 
 # %% ../../nbs/api/44a_tables.ipynb #43ab96ab
 def harness_table(

@@ -15,9 +15,9 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .group import ProjectionGroup, describe_group, frozen_side, run_alone, run_group
-from .loss import answer_loss
+from .loss import answer_loss, loss_output
 from .projection import LoraGatedMlp, Rotary, use_triton
-from .rows import PackedRows, attend_padded, attend_rows, pack_rows
+from .rows import PackedRows, attend_packed, pack_rows
 
 # %% ../../nbs/api/27_forward.ipynb #730b068e
 def widened(
@@ -143,13 +143,14 @@ class FusedAttention(FusedForward):
             return self.original(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         flat = compute_format(hidden_states).flatten(0, -2)
         rotary = half_angles(position_embeddings, hidden_states, flat.dtype)
-        query, key, value = self.heads(module, flat, rotary, packed.kept if pruned else None)
+        early = pruned and not packed.fixed  # queries are picked before attention
+        query, key, value = self.heads(module, flat, rotary, packed.kept if early else None)
         dropout = module.attention_dropout if module.training else 0.0
         if packed is None:
             attended = attend_batch(module, query, key, value, hidden_states.shape[:2], attention_mask, dropout, kwargs)
         else:
-            attend = attend_rows if flat.device.type == "cpu" else attend_padded
-            attended = attend(query, key, value, packed, module.scaling, dropout, pruned)
+            attended = attend_packed(query, key, value, packed, module.scaling, dropout, early)
+            attended = attended.index_select(0, packed.kept) if pruned and not early else attended
         shape = (1, -1) if packed is not None else hidden_states.shape[:2]
         return run_group(self.output, attended).unflatten(0, shape), None
 
@@ -207,7 +208,7 @@ class FusedLastLayer(FusedForward):
         module = self.module
         normed = module.input_layernorm(hidden_states)
         attended, _ = module.self_attn(normed, *args, pruned=True, **kwargs)
-        hidden_states = hidden_states[:, kwargs["packed"].kept] + attended
+        hidden_states = hidden_states.index_select(1, kwargs["packed"].kept) + attended
         return hidden_states + module.mlp(module.post_attention_layernorm(hidden_states))
 
 # %% ../../nbs/api/27_forward.ipynb #9d6fcaf9
@@ -216,6 +217,8 @@ HARMLESS = {"use_cache", "return_dict"}  # arguments that change nothing in trai
 
 class FusedCausalLm(FusedForward):
     "Forward of a Llama or Qwen2 language model"
+
+    graphs = None  # `kernels.graph` puts captured steps here
 
     def __call__(self, input_ids=None, attention_mask=None, labels=None, num_items_in_batch=None, **kwargs):
         "Loss of a padded batch"
@@ -228,18 +231,20 @@ class FusedCausalLm(FusedForward):
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return self.original(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        hidden = packed_hidden(module.model, input_ids, rows)
-        hidden = compute_format(hidden)
+        ids = input_ids.flatten()[rows.tokens]
+        if self.graphs is not None and self.graphs.serves(rows):
+            return loss_output(self.graphs(ids, rows), rows.targets.numel(), num_items_in_batch)
+        hidden = compute_format(packed_hidden(module.model, ids, rows))
         return answer_loss(hidden, module.lm_head.weight.to(hidden.dtype), rows.targets, num_items_in_batch)
 
 
 def packed_hidden(
     decoder: nn.Module,  # LlamaModel or Qwen2Model with fused layers
-    input_ids: torch.Tensor,  # [batch, sequence]
-    rows: PackedRows,  # where the real tokens are
+    ids: torch.Tensor,  # [tokens], the real tokens
+    rows: PackedRows,  # where they are
 ) -> torch.Tensor:  # hidden states that predict an answer token, [kept, hidden]
     "Run the decoder over the real tokens of a batch"
-    hidden = decoder.embed_tokens(input_ids.flatten()[rows.tokens].unsqueeze(0))
+    hidden = decoder.embed_tokens(ids.unsqueeze(0))
     angles = decoder.rotary_emb(hidden, position_ids=rows.positions)
     for layer in decoder.layers[:-1]:
         hidden = layer(hidden, attention_mask=None, position_embeddings=angles, packed=rows)

@@ -11,6 +11,7 @@ __all__ = ['DENSE_BUFFERS', 'Member', 'StackedWeight', 'shared_buffer', 'Quantiz
 # %% ../../nbs/api/24_projection.ipynb #09b480ba
 import functools
 import importlib.util
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -45,19 +46,19 @@ class StackedWeight:
         return self.weight
 
 # %% ../../nbs/api/24_projection.ipynb #e71c24bd
-DENSE_BUFFERS: dict[tuple, torch.Tensor] = {}
+DENSE_BUFFERS: dict[tuple, torch.Tensor] = {}  # (device, number format) -> flat scratch memory
 
 
 def shared_buffer(
     shape: tuple[int, int],  # rows, columns
     like: torch.Tensor,  # gives device
     dtype: torch.dtype,  # number format
-) -> torch.Tensor:  # uninitialised, the same tensor for the same arguments
-    "The scratch matrix that all quantised weights of one shape are expanded into"
-    key = (shape, like.device, dtype)
-    if key not in DENSE_BUFFERS:
-        DENSE_BUFFERS[key] = torch.empty(shape, device=like.device, dtype=dtype)
-    return DENSE_BUFFERS[key]
+) -> torch.Tensor:  # uninitialised, in the same memory for every shape
+    "The scratch matrix that all quantised weights are expanded into, as large as the largest of them"
+    key, size = (like.device, dtype), shape[0] * shape[1]
+    if key not in DENSE_BUFFERS or DENSE_BUFFERS[key].numel() < size:
+        DENSE_BUFFERS[key] = torch.empty(size, device=like.device, dtype=dtype)
+    return DENSE_BUFFERS[key][:size].view(shape)
 
 # %% ../../nbs/api/24_projection.ipynb #b5213b80
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ class QuantizedWeight:
     bias: torch.Tensor | None = None  # [outputs]
 
     def dense(self) -> torch.Tensor:
-        "The weights as one tensor [outputs, inputs]; valid until the next call for the same shape"
+        "The weights as one tensor [outputs, inputs]; valid until the next call"
         from bitsandbytes.functional import dequantize_4bit
 
         rows = sum(layer.out_features for layer in self.layers)
@@ -135,7 +136,7 @@ def rank_columns(
     adapted: list[Member],  # members with an adapter
 ) -> list[slice]:  # the columns of each in the stacked XA
     "Where each adapter's columns lie in XA"
-    stops = torch.tensor([member.rank for member in adapted]).cumsum(0).tolist()
+    stops = itertools.accumulate(member.rank for member in adapted)
     return [slice(stop - member.rank, stop) for member, stop in zip(adapted, stops)]
 
 # %% ../../nbs/api/24_projection.ipynb #cbc9710d

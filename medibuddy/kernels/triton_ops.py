@@ -166,13 +166,13 @@ def cross_entropy_kernel(logits_pointer, target_pointer, figures_pointer, vocabu
     target = tl.load(target_pointer + row)
     largest, best = float("-inf"), 0
     total, weighted = 0.0, 0.0
+    counted = target >= 0
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
         logits = tl.load(logits_pointer + columns, mask=inside, other=float("-inf")).to(tl.float32)
         block_largest = tl.max(logits, axis=0)
-        if block_largest > largest:
-            best = start + tl.argmax(logits, axis=0)
+        best = tl.where(block_largest > largest, start + tl.argmax(logits, axis=0), best)
         new = tl.maximum(largest, block_largest)
         scale = tl.exp(largest - new)
         share = tl.where(inside, tl.exp(logits - new), 0.0)
@@ -180,21 +180,21 @@ def cross_entropy_kernel(logits_pointer, target_pointer, figures_pointer, vocabu
         weighted = weighted * scale + tl.sum(tl.where(inside, share * logits, 0.0), axis=0)
         largest = new
     logarithm = largest + tl.log(total)
-    picked = tl.load(logits_pointer + target).to(tl.float32)
-    tl.store(figures_pointer + row * 3, logarithm - picked)
+    picked = tl.load(logits_pointer + tl.maximum(target, 0)).to(tl.float32)
+    tl.store(figures_pointer + row * 3, tl.where(counted, logarithm - picked, 0.0))
     tl.store(figures_pointer + row * 3 + 1, tl.where(best == target, 1.0, 0.0))
-    tl.store(figures_pointer + row * 3 + 2, logarithm - weighted / total)
+    tl.store(figures_pointer + row * 3 + 2, tl.where(counted, logarithm - weighted / total, 0.0))
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
         logits = tl.load(logits_pointer + columns, mask=inside, other=float("-inf")).to(tl.float32)
         gradient = tl.exp(logits - logarithm) - tl.where(columns == target, 1.0, 0.0)
-        tl.store(logits_pointer + columns, gradient, mask=inside)
+        tl.store(logits_pointer + columns, tl.where(counted, gradient, 0.0), mask=inside)
 
 
 def cross_entropy_(
     logits: torch.Tensor,  # [rows, vocabulary], contiguous; overwritten with the gradient of the summed loss
-    targets: torch.Tensor,  # [rows], token ids
+    targets: torch.Tensor,  # [rows], token ids; a negative one counts for nothing
 ) -> torch.Tensor:  # [3] in fp32: loss, correct tokens, entropy in nats, summed over rows
     "Cross-entropy and its gradient in place"
     figures = torch.zeros(logits.shape[0], 3, dtype=torch.float32, device=logits.device)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'CONTEXT', 'FRAGMENTATION', 'LOSS_CHUNK', 'LOGIT_BYTES', 'LiveBytes', 'matrix_bytes', 'weight_bytes',
-           'optimizer_bytes', 'counted_attention', 'few_layers', 'step_bytes', 'activation_bytes', 'Plan',
-           'plan_stages', 'trained_tensors', 'cheaper', 'plan']
+           'optimizer_bytes', 'counted_attention', 'few_layers', 'step_bytes', 'activation_bytes', 'trained_tensors',
+           'recompute_layers', 'fused_layer_bytes', 'mixed_bytes', 'Plan', 'plan_stages', 'cheaper',
+           'fewest_recomputed', 'plan']
 
 # %% ../../nbs/api/21_memory.ipynb #bd12ceb3
 import math
@@ -191,6 +192,67 @@ def activation_bytes(
     two, three = (step_bytes(recipe, n, dtype, checkpointing, train, rows, tokens) for n in (2, 3))
     return two + max(three - two, 0) * (layers - 2)
 
+# %% ../../nbs/api/21_memory.ipynb #4d0a02c2
+def trained_tensors(
+    recipe: Recipe,
+    frame: Any,  # the model without weights
+) -> list[int]:  # elements of each tensor that trains
+    "List the sizes of a recipe's adapter tensors: A and B of each target, a magnitude a row with DoRA, and biases that train"
+    lora, sizes = recipe.lora, []
+    for name, module in frame.named_modules():
+        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        chosen = isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in lora.targets and (lora.layers is None or number in lora.layers)
+        if chosen:
+            sizes += [lora.r * module.in_features, lora.r * module.out_features] + [module.out_features] * lora.dora
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, torch.nn.Parameter) and (lora.bias == "all" or (lora.bias == "lora_only" and chosen)):
+            sizes.append(bias.numel())
+    return sizes
+
+# %% ../../nbs/api/21_memory.ipynb #0958e436
+def recompute_layers(
+    model: Any,  # a causal language model, wrapped by PEFT or not
+    count: int,  # layers, from the first on; 0 keeps the activations of all
+) -> None:
+    "Recompute the activations of the first layers in the backward pass, and keep those of the others"
+    inner = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+    if count and not inner.is_gradient_checkpointing:
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+    for index, layer in enumerate(inner.layers):
+        layer.gradient_checkpointing = index < count
+
+# %% ../../nbs/api/21_memory.ipynb #eb9a3eae
+def fused_layer_bytes(
+    config: Any,  # of a Llama or Qwen2 model
+    ranks: int,  # LoRA ranks of the layer's projections, added up
+    tokens: int,
+    itemsize: int,  # bytes of an activation
+) -> int:
+    "Bytes that the fused kernels keep of one layer for the backward pass"
+    heads = config.num_attention_heads
+    attended = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    numbers = 4 * config.hidden_size + 4 * attended + 2 * config.intermediate_size + ranks
+    return tokens * (itemsize * numbers + 4 * (2 + heads))
+
+
+def mixed_bytes(
+    recipe: Recipe,
+    frame: Any,  # the model without weights
+    dtype: str,  # of base weights and activations
+) -> list[int]:  # bytes of a training step when 0, 1, 2, ... all layers recompute
+    "Bytes that a step holds at once beside weights and optimizer, for every number of layers that recompute"
+    config, counts = frame.config, range(frame.config.num_hidden_layers + 1)
+    if recipe.model.backend == "medibuddy":
+        tokens, itemsize = recipe.train.batch_size * recipe.model.max_seq_length, getattr(torch, dtype).itemsize
+        layer = fused_layer_bytes(config, recipe.lora.r * len(recipe.lora.targets), tokens, itemsize)
+        backward = tokens * itemsize * 3 * (config.intermediate_size + config.hidden_size) + 4 * sum(trained_tensors(recipe, frame))
+        # the layer whose turn it is in the backward pass has its activations, recomputed or kept; embeddings, result and its gradient are three more
+        return [max(counts[-1] - count, 1) * layer + (count + 3) * tokens * itemsize * config.hidden_size + backward for count in counts]
+    whole, light = ([step_bytes(recipe, n, dtype, checkpointing) for n in (2, 3)] for checkpointing in (False, True))
+    layer, boundary = whole[1] - whole[0], light[1] - light[0]
+    kept = [whole[0] + (counts[-1] - count - 2) * layer + count * boundary for count in counts]
+    return [max(size, light[0] + (count - 2) * boundary if count else 0) for count, size in zip(counts, kept)]
+
 # %% ../../nbs/api/21_memory.ipynb #a9746c04
 GPUS = {  # bytes that CUDA reports
     "T4": 15.8e9, "P100-16GB": 17.0e9, "V100-16GB": 16.9e9, "V100-32GB": 34.0e9, "RTX-3090": 25.3e9, "RTX-4090": 25.3e9, "A10G": 23.7e9, "L4": 23.6e9,
@@ -210,6 +272,7 @@ class Plan:
     memory: int  # bytes of the GPU
     stages: dict[str, dict[str, int]]  # "load", "train", "evaluate", "merge" -> part -> bytes
     changes: tuple[str, ...] = ()  # recipe values that were changed to make it cheaper, as key=value
+    recomputed: int = 0  # layers, from the first on, that recompute their activations
 
     @property
     def peak(self) -> int:
@@ -229,6 +292,7 @@ class Plan:
         "A table for a person, in GB (10**9 bytes)"
         lines = [f"{name:<9} {sum(parts.values()) / 1e9:6.2f} GB: " + ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items() if size >= 5e6) for name, parts in self.stages.items()]
         changed = f" with {', '.join(self.changes)}" if self.changes else ""
+        changed += f", {self.recomputed} layers recomputed" if self.recomputed else ""
         return "\n".join([*lines, f"{self.verdict}{changed}: {self.peak / 1e9:.1f} of {self.memory / 1e9:.1f} GB on {self.gpu}"])
 
 # %% ../../nbs/api/21_memory.ipynb #cce3016e
@@ -237,6 +301,7 @@ def plan_stages(
     frame: Any,  # the model without weights
     dtype: str,  # of activations and whole weights
     device: str = "cuda",  # "cpu" has no CUDA context and recomputes nothing unless asked to
+    recomputed: int | None = None,  # layers that recompute their activations; None takes all or none, as the recipe says
 ) -> dict[str, dict[str, int]]:  # stage -> part -> bytes
     "Count the memory of each stage, part by part"
     config, settings, train = frame.config, recipe.model, recipe.train
@@ -244,11 +309,11 @@ def plan_stages(
     weights = weight_bytes(frame, settings.quantization, 4 if settings.full_finetuning else itemsize)
     sizes = [p.numel() for p in frame.parameters()] if settings.full_finetuning else trained_tensors(recipe, frame)
     largest = max(m.weight.numel() for m in frame.modules() if isinstance(m, torch.nn.Linear) and m is not frame.get_output_embeddings()) * itemsize
-    buffer = {"dequantised layer": largest} if settings.quantization else {}
+    buffer = {"dequantised layer": largest * (2 if settings.backend == "medibuddy" else 1)} if settings.quantization else {}  # gate and up are one there
     checkpointing = device == "cuda" if train.gradient_checkpointing is None else bool(train.gradient_checkpointing)
     kinds = config.num_hidden_layers, dtype
     reserve = {"CUDA": int(CONTEXT)} if device == "cuda" else {}
-    step = activation_bytes(recipe, *kinds, checkpointing)
+    step = activation_bytes(recipe, *kinds, checkpointing) if recomputed is None else mixed_bytes(recipe, frame, dtype)[recomputed]
     prompt = settings.max_seq_length - recipe.eval.max_new_tokens
     heads, head_dim = config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * head_dim * itemsize * recipe.eval.eval_batch_size * settings.max_seq_length
@@ -262,23 +327,6 @@ def plan_stages(
         "evaluate": {"weights": weights, "LoRA": lora, "keys and values": 2 * cache, "activations": prefill, "logits": recipe.eval.eval_batch_size * config.vocab_size * 8, **buffer, **spare(cache + prefill), **reserve},
         "merge": {"weights": weight_bytes(frame, None, itemsize), "LoRA": lora, "largest layer": 2 * largest},
     }
-
-# %% ../../nbs/api/21_memory.ipynb #4d0a02c2
-def trained_tensors(
-    recipe: Recipe,
-    frame: Any,  # the model without weights
-) -> list[int]:  # elements of each tensor that trains
-    "List the sizes of a recipe's adapter tensors: A and B of each target, a magnitude a row with DoRA, and biases that train"
-    lora, sizes = recipe.lora, []
-    for name, module in frame.named_modules():
-        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        chosen = isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in lora.targets and (lora.layers is None or number in lora.layers)
-        if chosen:
-            sizes += [lora.r * module.in_features, lora.r * module.out_features] + [module.out_features] * lora.dora
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, torch.nn.Parameter) and (lora.bias == "all" or (lora.bias == "lora_only" and chosen)):
-            sizes.append(bias.numel())
-    return sizes
 
 # %% ../../nbs/api/21_memory.ipynb #1e68b481
 def cheaper(
@@ -304,6 +352,21 @@ def cheaper(
     return None
 
 # %% ../../nbs/api/21_memory.ipynb #5a5ce4ff
+def fewest_recomputed(
+    recipe: Recipe,
+    frame: Any,  # the model without weights
+    dtype: str,  # of activations and whole weights
+    memory: int,  # bytes of the GPU
+) -> int | None:  # None where the recipe or another library decides
+    "The fewest layers that must recompute their activations; all of them when nothing else fits"
+    if recipe.train.gradient_checkpointing is not None or recipe.model.backend == "unsloth" or recipe.model.full_finetuning:
+        return None
+    sizes = mixed_bytes(recipe, frame, dtype)
+    all_of_them = plan_stages(recipe, frame, dtype, recomputed=len(sizes) - 1)["train"]
+    room = (0.95 * memory - sum(all_of_them.values())) / (1 + FRAGMENTATION) + sizes[-1]
+    return next((count for count, size in enumerate(sizes) if size <= room), len(sizes) - 1)
+
+# %% ../../nbs/api/21_memory.ipynb #81f60b70
 def plan(
     recipe: Recipe,
     gpu: str | int = "T4",  # a name in `GPUS`, or bytes
@@ -320,7 +383,10 @@ def plan(
     frame = check_model(recipe)
     while True:
         dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(recipe.model.precision or "fp16", "float16")
-        plans.append(Plan(name, memory, plan_stages(recipe, frame, dtype), changes))
+        recomputed = fewest_recomputed(recipe, frame, dtype, memory)
+        stages = plan_stages(recipe, frame, dtype, recomputed=recomputed)
+        whole = frame.config.num_hidden_layers if recipe.train.gradient_checkpointing is not False else 0
+        plans.append(Plan(name, memory, stages, changes, whole if recomputed is None else recomputed))
         following = cheaper(recipe) if ladder and plans[-1].verdict != "fits" else None
         if following is None:
             return plans if ladder else plans[0]

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SEAL', 'STORAGE_WORDS', 'LengthGroupedSampler', 'seal_checkpoint', 'checkpoint_damage', 'print_error',
            'find_checkpoint', 'explain_storage_error', 'LedgerTrainer', 'AdapterTrainer', 'best_evaluation',
-           'MonitorCallback', 'PrecisionCallback', 'training_arguments', 'layer_class', 'build_trainer', 'preview_row',
-           'prepare_checkpoints', 'starting_point', 'save_result', 'train_adapter', 'load_best', 'evaluate_loss',
-           'planned_steps', 'training_facts']
+           'MonitorCallback', 'PrecisionCallback', 'RecomputeCallback', 'layers_to_recompute', 'training_arguments',
+           'layer_class', 'build_trainer', 'preview_row', 'prepare_checkpoints', 'starting_point', 'save_result',
+           'train_adapter', 'load_best', 'evaluate_loss', 'planned_steps', 'training_facts']
 
 # %% ../../nbs/api/31_sft.ipynb #c98c6fad
 import os
@@ -30,6 +30,7 @@ from ..data.chat import EncodedChat
 from ..data.packing import length_grouped_order
 from ..kernels.lora import fuse_lora, unfuse_lora
 from ..models.loaders import check_finite, count_parameters, save_adapter
+from ..models.memory import plan, recompute_layers
 from ..recipe import Recipe, TrackConfig
 from ..run import RunError, explain_os_error, folder_atomic, read_json, read_jsonl, sha256_file, write_json
 from .launch import agree, check_spread, is_main, launched, strategy_arguments, wait_for_all
@@ -296,6 +297,30 @@ class PrecisionCallback(TrainerCallback):
         if self.settled:
             print_error(describe_dtypes(self.found))
 
+# %% ../../nbs/api/31_sft.ipynb #a51ac6f1
+class RecomputeCallback(TrainerCallback):
+    "Lets as few layers recompute their activations as the memory of the GPU asks for; the Trainer knows all or none"
+
+    def __init__(
+        self,
+        count: int,  # layers, from the first on
+    ):
+        self.count = count
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        recompute_layers(model, self.count)
+
+
+def layers_to_recompute(
+    recipe: Recipe,
+    device: str,  # "cpu" or "cuda"
+) -> int | None:  # None leaves it at all or none
+    "Ask the planner, where the recipe leaves it open and one GPU trains alone"
+    if device != "cuda" or launched() or recipe.train.gradient_checkpointing is not None:
+        return None
+    planned = plan(recipe, torch.cuda.get_device_properties(0).total_memory)
+    return None if recipe.model.backend == "unsloth" or recipe.model.full_finetuning else planned.recomputed
+
 # %% ../../nbs/api/31_sft.ipynb #46eddbdc
 def training_arguments(
     recipe: Recipe,
@@ -355,6 +380,9 @@ def build_trainer(
         stage_key=key, lengths=[len(r.input_ids) for r in train_rows], checkpoints_kept=recipe.train.checkpoints_kept,
     )
     trainer.remove_callback(PrinterCallback)
+    recomputed = layers_to_recompute(recipe, trainer.args.device.type)
+    if recomputed is not None:
+        trainer.add_callback(RecomputeCallback(recomputed))
     for name, parameter in model.named_parameters():
         if name in weights:
             parameter.data = weights[name]  # TRL rounds the adapter of a quantised model to bf16
@@ -440,19 +468,21 @@ def train_adapter(
     folder, train = run_dir / "checkpoints", recipe.train
     dtype = dtype or str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     checkpoint, step, kept = agree(lambda: starting_point(run_dir, key, resume))
-    trainer = build_trainer(recipe, model, tokenizer, train_rows, validation_rows, folder, key, dtype)
-    steps = planned_steps(recipe, len(train_rows))
-    monitor = Monitor(run_dir / "log.jsonl" if is_main() else None, steps, kept, max_skipped_steps=train.max_skipped_steps)
-    callback, precision = MonitorCallback(monitor, train.early_stopping), PrecisionCallback(expected_dtypes(recipe, dtype))
-    callback.trainer = trainer
     keep_best = train.keep_best or train.early_stopping is not None
-    if keep_best:
-        trainer.best_step = lambda: best_evaluation(monitor.evaluations, train.checkpoint_every, steps)
-    trainer.add_callback(callback)
-    trainer.add_callback(precision)
-    # closed on an error too: the bar would be drawn over its message, a tracker would take the training for a running one
-    with monitor.bar, Meter(run_dir / "resources.jsonl") if is_main() else nullcontext(), tracking(recipe, run_dir, key[:16]) if is_main() else nullcontext():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # closed on an error too: a tracker would take the training for a running one. Opened first: the Trainer's callbacks ask where to write when they are made
+    with tracking(recipe, run_dir, key[:16]) if is_main() else nullcontext():
+        trainer = build_trainer(recipe, model, tokenizer, train_rows, validation_rows, folder, key, dtype)
+        steps = planned_steps(recipe, len(train_rows))
+        monitor = Monitor(run_dir / "log.jsonl" if is_main() else None, steps, kept, max_skipped_steps=train.max_skipped_steps)
+        callback, precision = MonitorCallback(monitor, train.early_stopping), PrecisionCallback(expected_dtypes(recipe, dtype))
+        callback.trainer = trainer
+        if keep_best:
+            trainer.best_step = lambda: best_evaluation(monitor.evaluations, train.checkpoint_every, steps)
+        trainer.add_callback(callback)
+        trainer.add_callback(precision)
+        # the bar would be drawn over an error's message
+        with monitor.bar, Meter(run_dir / "resources.jsonl") if is_main() else nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if recipe.model.backend == "medibuddy":
         unfuse_lora(model)
     best = load_best(trainer, folder, key) if keep_best else None

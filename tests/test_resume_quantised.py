@@ -1,0 +1,76 @@
+"""Killed at random moments with an 8-bit optimizer, on a 4-bit base, in one process and in two: the losses and the adapter of an undisturbed training, bit for bit.
+
+bitsandbytes is not in the lock: `pip install bitsandbytes && pytest tests/test_resume_quantised.py` (about four minutes on two cores).
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import environment, medibuddy, pubmedqa_rows
+from test_resume import adapter_hash, kill_after, losses
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
+    pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills children with their parent"),
+]
+KILLS = int(os.environ.get("MEDIBUDDY_KILLS", "3"))  # of each case
+SETTINGS = ["max_steps=10", "checkpoint_every=2", "test_fraction=0.3", "batch_size=4", "r=16", "dropout=0.1", "backend=peft", "optimizer=adamw_8bit"]
+CASES = {"8-bit optimizer": [], "4-bit base": ["quantization=4bit"], "8-bit base": ["quantization=8bit"]}
+
+
+def command(rows, run, case, processes):
+    "The training command, the same each time"
+    options = [part for setting in [*SETTINGS, *CASES[case]] for part in ("--set", setting)]
+    return ["train", "--data", str(rows), "--shape", "pubmedqa", "--run", str(run), *options, *(["--launch", "ddp", "--processes", str(processes)] if processes > 1 else [])]
+
+
+def start(words) -> subprocess.Popen:
+    "Start a command"
+    return subprocess.Popen([sys.executable, "-m", "medibuddy", *words], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_a_worker(process: subprocess.Popen, run: Path, lines: int, chance: random.Random) -> bool:
+    "Kill one of the training processes alone once the log has grown; the command then ends by itself"
+    limit, before = time.monotonic() + 120, len(losses(run)) if (run / "log.jsonl").exists() else 0
+    while process.poll() is None and time.monotonic() < limit and (not (run / "log.jsonl").exists() or (run / "log.jsonl").read_bytes().count(b"\n") < before + lines):
+        time.sleep(0.005)
+    try:
+        workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "medibuddy.training.worker" in child.cmdline() and "torch.distributed.run" not in child.cmdline()]
+        chance.choice(workers).send_signal(signal.SIGKILL)
+    except (psutil.Error, IndexError):
+        process.wait()
+        return False
+    process.wait(120)
+    return process.returncode != 0
+
+
+@pytest.mark.parametrize(("case", "processes"), [(case, 1) for case in CASES] + [("8-bit optimizer", 2), ("4-bit base", 2)])
+def test_killed_at_random_moments_gives_the_same_adapter_bit_for_bit(tmp_path, case, processes):
+    rows, straight, run, chance, kills = tmp_path / "rows.json", tmp_path / "straight", tmp_path / "run", random.Random(f"{case}{processes}"), 0
+    rows.write_text(json.dumps(pubmedqa_rows()), encoding="utf-8")
+    done = medibuddy(*command(rows, straight, case, processes), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["dtypes"]["optimizer"] == "uint8"
+    for number in range(KILLS):
+        process = start(command(rows, run, case, processes))
+        if processes > 1 and number % 2:
+            kills += kill_a_worker(process, run, chance.randint(1, 3), chance)
+        else:
+            kills += kill_after(process, run, chance.randint(1, 3), chance.uniform(0, 0.3), signal.SIGKILL)
+        if (run / "adapter").exists():
+            break  # it was quicker than the killer
+    assert kills >= min(2, KILLS)
+    done = medibuddy(*command(rows, run, case, processes), "--json")
+    assert done.returncode == 0, done.stderr
+    assert adapter_hash(run) == adapter_hash(straight)
+    assert losses(run) == losses(straight)
+    assert medibuddy("verify", run).returncode == 0
