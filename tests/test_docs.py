@@ -73,11 +73,16 @@ def commands_in(text: str) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def helps():
     "Command -> the options that its --help shows, with the number of values that each takes"
-    import medibuddy.commands.project  # noqa: F401
+    from importlib import import_module
+    from pkgutil import iter_modules
+
     from typer.testing import CliRunner
 
+    import medibuddy.commands
     from medibuddy.cli import app
 
+    for module in iter_modules(medibuddy.commands.__path__):
+        import_module(f"medibuddy.commands.{module.name}")
     runner, found = CliRunner(), {}
     listed = re.findall(r"^  ([a-z][\w-]*)  ", runner.invoke(app, ["--help"]).stdout.split("Commands:")[1], flags=re.M)
     assert "train" in listed and "doctor" in listed and "init" in listed
@@ -187,6 +192,7 @@ def test_the_site_is_built_from_what_is_there():
     assert any("nbdev_docs" in step for step in steps)
     for pattern in re.findall(r"(?:tests/\w+\.py|nbs/\S+\.ipynb)", "\n".join(steps)):
         assert list(ROOT.glob(pattern)), pattern
+    assert (ROOT / "nbs" / "styles.css").exists()  # nbdev's Quarto settings name it
     for page in TUTORIALS:
         first = cells(page, "markdown")[0]
         assert first.startswith("# ") and "\n> " in first, "a title and a line below it, which the site shows as its description"

@@ -17,8 +17,9 @@ import pytest
 from conftest import ROOT, environment, pubmedqa_rows
 from test_offline import BLOCKER
 
-from medibuddy.notebooks.parameters import INJECTED, TAGGED, assigned_names
+from medibuddy.notebooks.parameters import INJECTED, TAGGED, assigned_names, read_parameters
 from medibuddy.recipe import SECTION_OF, Recipe
+from medibuddy.run import UsageError
 
 FOLDER = ROOT / "nbs" / "recipes"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
@@ -45,7 +46,8 @@ def papermill(notebook: Path, folder: Path, *options, wait: bool = True, **env):
     # the kernel's messages go through ZeroMQ, not through Python's sockets, so only the network is gone
     (site / "sitecustomize.py").write_text(BLOCKER)
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), f"{notebook.stem}.out.ipynb", *map(str, options)]
-    process = subprocess.Popen(command, cwd=folder, env=environment(PYTHONPATH=str(site), **env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(command, cwd=folder, env=environment(PYTHONPATH=path, **env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if not wait:
         return process
     output, _ = process.communicate(timeout=300)
@@ -138,17 +140,30 @@ def test_text_for_review_and_back(name):
     assert [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in again.cells] == [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in notebook.cells]
 
 
+@pytest.mark.parametrize("name", TRAINING)
+def test_recipes_share_their_cells(name):
+    code = [[cell.source for cell in cells_of(notebook) if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])] for notebook in (name, "quickstart")]
+    assert code[0] == code[1]
+
+
 # Wrong parameters
 
 
-@pytest.mark.parametrize("options, message", [
-    (["-p", "learning_rte", "2e-4"], "Did you mean `learning_rate`?"),
-    (["-p", "r", "0"], "give a rank of at least 1"),
-])
-def test_a_wrong_parameter_fails_before_anything_runs(tmp_path, options, message):
-    status, output = papermill(FOLDER / "deepseek_r1_cot.ipynb", tmp_path, "-p", "recipe", "tiny", *options)
-    assert status == 1 and message in output
+def test_an_unknown_name_fails_before_anything_runs(tmp_path):
+    status, output = papermill(FOLDER / "deepseek_r1_cot.ipynb", tmp_path, "-p", "recipe", "tiny", "-p", "learning_rte", "2e-4")
+    assert status == 1 and "Did you mean `learning_rate`?" in output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("given, message", [({"r": 0}, "rank of at least 1"), ({"learning_rate": "fast"}, "a number"), ({"seed": -1}, "train.seed"), ({"targest": ["q_proj"]}, "targets"), ({"recipe": "tinny"}, "tiny")])
+def test_values_out_of_range_are_refused_by_every_notebook(name, given, message):
+    call = next(node for cell in cells_of(name) if cell.cell_type == "code" for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "read_parameters")
+    injected = INJECTED + "\n" + "\n".join(f"{key} = {value!r}" for key, value in given.items())
+    read = eval(f"lambda history, values: read_parameters({', '.join([ast.unparse(part) for part in call.args + call.keywords] + ['history=history', 'values=values'])})", {"read_parameters": read_parameters})
+    with pytest.raises(UsageError, match=message):
+        read([tagged_cell(name).source, injected], defaults(name) | given)
+    assert read([tagged_cell(name).source], defaults(name)).recipe.name
 
 
 # Outputs
@@ -175,9 +190,6 @@ def test_secrets_and_names_do_not_get_into_the_saved_notebook(tmp_path):
 
 
 def test_a_secret_as_a_parameter_is_refused(tmp_path):
-    from medibuddy.notebooks.parameters import read_parameters
-    from medibuddy.run import UsageError
-
     cell = tagged_cell("quickstart").source
     with pytest.raises(UsageError, match="environment"):
         read_parameters(history=[cell, "# Parameters\nrun_dir = '...'"], values=defaults("quickstart") | {"run_dir": "hf_" + "a" * 30})
@@ -196,7 +208,7 @@ def undisturbed(tmp_path_factory, small) -> Path:
 
 
 def only_run(folder: Path) -> Path:
-    (run,) = (folder / "runs").iterdir()
+    (run,) = [path for path in (folder / "runs").iterdir() if path.is_dir()]
     return run
 
 
@@ -238,10 +250,12 @@ def test_a_killed_kernel_goes_on_where_it_was(undisturbed, small, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINING if name != "quickstart"])
-def test_each_recipe_notebook_runs_to_the_end(name, small, tmp_path):
-    status, output = papermill(FOLDER / f"{name}.ipynb", tmp_path, "-p", "recipe", "tiny", *small)
+def test_each_recipe_notebook_runs_to_the_end(name, undisturbed, small):
+    "Their cells are the quickstart's (see above), so its finished run serves them too: the same values in the same folder"
+    status, output = papermill(FOLDER / f"{name}.ipynb", undisturbed, "-p", "recipe", "tiny", *longer(small))
     assert status == 0, output[-3000:]
-    assert "verdict:" in shown(tmp_path, name) and ": verified," in shown(tmp_path, name) and pictures(tmp_path, name) >= 3
+    assert "verdict:" in shown(undisturbed, name) and ": verified," in shown(undisturbed, name) and pictures(undisturbed, name) >= 3
+    assert only_run(undisturbed).name.startswith("tiny-")
 
 
 def test_lora_and_qlora_side_by_side(small, tmp_path):
@@ -288,11 +302,10 @@ def test_data_exploration_of_a_file(small, tmp_path):
 def test_a_conversation(undisturbed, tmp_path):
     pytest.importorskip("medibuddy.chat.session", reason="this installation has no chat")
     options = ["-p", "recipe", "tiny", "-p", "finished_run", only_run(undisturbed), "-p", "max_new_tokens", 12]
-    for _ in range(2):  # the second time everything was said already
-        status, output = papermill(FOLDER / "chat.ipynb", tmp_path, *options)
-        assert status == 0, output[-3000:]
+    status, output = papermill(FOLDER / "chat.ipynb", tmp_path, *options)
+    assert status == 0, output[-3000:]
     (transcript,) = only_run(undisturbed).parent.glob("*-chat.jsonl")
     assert sum(json.loads(line)["role"] == "user" for line in transcript.read_text().splitlines()) == 3
     text = shown(tmp_path, "chat")
-    assert "| safety |" in text and "Is ibuprofen used for fever?" in text
+    assert "This may be an emergency" in text and "Is ibuprofen used for fever?" in text and "| You | Tuned | Base |" in text
     transcript.unlink()

@@ -109,17 +109,17 @@ def show_trust(
 def show_run(
     run_dir: str | Path,  # a run directory that was compared
 ) -> None:
-    "Show a run's figures, then its comparison, and whether the numbers hold"
+    "Show a run's figures (the report's, where there is one), then its comparison, and whether the numbers hold"
     from medibuddy.cli import NOTICE, comparison_table
     from medibuddy.evaluation.figures import draw_figures
     from medibuddy.evaluation.report import collect
 
-    facts = collect(run_dir)
-    for png in draw_figures(facts["metrics"], facts["comparison"], facts["log"]).values():
+    facts, page = collect(run_dir), Path(run_dir) / "report.html"
+    drawn = [file.read_bytes() for file in sorted((Path(run_dir) / "figures").glob("*.png"))] if page.exists() else []
+    for png in drawn or draw_figures(facts["metrics"], facts["comparison"], facts["log"]).values():
         show_picture(png)
     print(comparison_table(facts["comparison"], facts["metrics"]))
     show_trust(run_dir)
-    page = Path(run_dir) / "report.html"
     print(f"report: {page}\n{NOTICE}" if page.exists() else NOTICE)
     if replaced := replaced_outputs():
         print("replaced in this notebook's outputs: " + ", ".join(f"{count} {kind}" for kind, count in sorted(replaced.items())))
