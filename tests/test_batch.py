@@ -286,7 +286,7 @@ def test_the_whole_twelve_trainings_killed_twenty_times(tmp_path):
     plan = training_plan(tmp_path, "parameters: {learning_rate: [1e-3, 2e-3]}\nseeds: [1, 2, 3, 4, 5, 6]\nretries: 5\n")
     done = batch(plan, tmp_path / "calm", "--jobs", 2)
     assert done.returncode == 0, done.stderr
-    driver, kernel = disturb(plan, tmp_path / "killed", 20, 2, 12.0, random.Random(11))
+    driver, kernel = disturb(plan, tmp_path / "killed", 20, 2, 40.0, random.Random(11))
     assert driver + kernel == 20
     calm, killed = (without_times(results(tmp_path / name, TRAINED)) for name in ("calm", "killed"))
     assert len(calm) == 12 and calm == killed
