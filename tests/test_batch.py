@@ -91,14 +91,26 @@ def check_once(folder: Path, count: int) -> None:
                 assert f"begin {stage}" not in marks[marks.index(f"end {stage}") :], (run.name, marks)
 
 
-def disturb(plan: Path, folder: Path, kills: int, jobs: int, longest: float, chance: random.Random) -> tuple[int, int]:
-    "Run a batch, killing its driver or a kernel at random moments; how many of each"
+def work_done(folder: Path) -> int:
+    "Lines and files that the runs of a batch have written so far"
+    total = 0
+    for place, _, names in os.walk(folder / "runs"):  # unlike glob it bears folders that vanish meanwhile
+        if "attempts" not in place and "checkpoints" not in place:
+            total += len(names) + sum(Path(place, name).read_bytes().count(b"\n") for name in names if name in ("log.jsonl", "seen.txt"))
+    return total
+
+
+def disturb(plan: Path, folder: Path, kills: int, jobs: int, most: int, chance: random.Random) -> tuple[int, int]:
+    "Run a batch, killing its driver or a kernel each time after up to `most` more lines and files; how many of each"
     killed = {"driver": 0, "kernel": 0}
     process = start(plan, folder, "--jobs", jobs)
     while sum(killed.values()) < kills and (process.poll() is None or process.returncode != 0):
         if process.poll() is not None:  # a run was killed more often than `retries`
             process = start(plan, folder, "--jobs", jobs)
-        time.sleep(chance.uniform(0, longest))
+        wanted, limit = work_done(folder) + chance.randint(0, most), time.monotonic() + 30
+        while process.poll() is None and time.monotonic() < limit and (work_done(folder) < wanted or not kernels(folder)):
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.3))
         alive = kernels(folder)
         if chance.random() < 0.5 and alive:
             chance.choice(alive).kill()
@@ -130,7 +142,7 @@ def test_twelve_runs_killed_twenty_times_end_once_and_alike(undisturbed, tmp_pat
     _, calm, _ = undisturbed
     plan = write_plan(tmp_path, GRID.format(pause=0.05))
     # `pause` is a parameter, so the runs have other names: compare by what varies
-    driver, kernel = disturb(plan, tmp_path / "batch", 20, 3, 2.0, random.Random(7))
+    driver, kernel = disturb(plan, tmp_path / "batch", 20, 3, 14, random.Random(7))
     assert driver + kernel == 20 and driver >= 4 and kernel >= 4
     check_once(tmp_path / "batch", 12)
     name = lambda id: re.sub(r"-[0-9a-f]{8}$", "", id)
@@ -233,7 +245,7 @@ def test_a_search_is_the_same_search_after_kills(tmp_path):
     text = "parameters: {{pause: {pause}}}\nsearch:\n  trials: 6\n  at_once: 3\n  startup: 3\n  space: {{rate: {{low: 1e-3, high: 0.5, log: true}}, rank: [1, 2]}}\n"
     calm = batch(write_plan(tmp_path, text.format(pause=0.0)), tmp_path / "calm", "--jobs", 3, "--json")
     assert calm.returncode == 0, calm.stderr
-    disturb(write_plan(tmp_path, text.format(pause=0.02), "slow.yaml"), tmp_path / "killed", 5, 2, 2.0, random.Random(3))
+    disturb(write_plan(tmp_path, text.format(pause=0.02), "slow.yaml"), tmp_path / "killed", 5, 2, 20, random.Random(3))
     trials = [read_json(tmp_path / name / "ledger" / "search.json") for name in ("calm", "killed")]
     assert len(trials[0]) == 6 and trials[0] == trials[1]
     assert len({trial["parameters"]["rate"] for trial in trials[0]}) == 6
@@ -272,7 +284,7 @@ def test_a_real_training_killed_twice_ends_with_the_same_metrics(tmp_path):
     plan = training_plan(tmp_path, "seeds: [1]\n")
     done = batch(plan, tmp_path / "calm")
     assert done.returncode == 0, done.stderr
-    driver, kernel = disturb(plan, tmp_path / "killed", 2, 1, 9.0, random.Random(1))
+    driver, kernel = disturb(plan, tmp_path / "killed", 2, 1, 9, random.Random(1))
     calm, killed = (without_times(results(tmp_path / name, TRAINED)) for name in ("calm", "killed"))
     assert driver + kernel == 2 and len(calm) == 1 and calm == killed
     check_once(tmp_path / "killed", 1)
@@ -286,7 +298,7 @@ def test_the_whole_twelve_trainings_killed_twenty_times(tmp_path):
     plan = training_plan(tmp_path, "parameters: {learning_rate: [1e-3, 2e-3]}\nseeds: [1, 2, 3, 4, 5, 6]\nretries: 5\n")
     done = batch(plan, tmp_path / "calm", "--jobs", 2)
     assert done.returncode == 0, done.stderr
-    driver, kernel = disturb(plan, tmp_path / "killed", 20, 2, 12.0, random.Random(11))
+    driver, kernel = disturb(plan, tmp_path / "killed", 20, 2, 12, random.Random(11))
     assert driver + kernel == 20
     calm, killed = (without_times(results(tmp_path / name, TRAINED)) for name in ("calm", "killed"))
     assert len(calm) == 12 and calm == killed
