@@ -67,6 +67,7 @@ class Visitor:
         self.page.on("request", lambda request: self.hosts.add(request.url.split("/")[2] if "://" in request.url and not request.url.startswith(("data:", "blob:")) else ""))
         self.page.goto(address)
         self.box.wait_for(timeout=30_000)
+        self.page.wait_for_load_state("networkidle")
 
     @property
     def box(self):
@@ -114,7 +115,9 @@ def test_three_turns_stream_and_a_reload_begins_again(browser, address):
     visitor.wait()
     visitor.say("Why?", key=False)
     visitor.say(EMERGENCY)
-    assert "Seek emergency care now" in visitor.text()
+    assert "Seek emergency care now" in visitor.page.get_by_role("alert").inner_text()
+    box = visitor.page.get_by_role("alert").bounding_box()
+    assert 0 <= box["y"] and box["y"] + box["height"] <= 720  # on screen, though the chat has scrolled
     assert visitor.page.locator(".message.user").count() == 3
     visitor.page.reload()
     visitor.box.wait_for()

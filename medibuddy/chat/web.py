@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USER', 'SHORTEST', 'POLICY', 'SHORT', 'STYLE', 'is_loopback', 'read_password', 'may_enter', 'add_piece', 'shown',
-           'reply', 'Policy', 'import_gradio', 'make_page', 'serve_page']
+           'urgent', 'reply', 'Policy', 'import_gradio', 'make_page', 'serve_page']
 
 # %% ../../nbs/api/53_web.ipynb #aa85898d
 import hmac
@@ -72,7 +72,7 @@ def add_piece(
     last = messages[-1]
     if last.get("kind") == piece.kind:
         return [*messages[:-1], last | {"content": last["content"] + piece.text}]
-    content = f"**{piece.text}**" if piece.kind == "safety" and "\n" not in piece.text else f"*{piece.text}*" if piece.kind == "notice" else piece.text
+    content = f"*{piece.text}*" if piece.kind == "notice" else piece.text
     return [*messages, {"role": "assistant", "content": content, "kind": piece.kind} | ({"metadata": {"title": title, "status": "done"}} if title else {})]
 
 
@@ -81,6 +81,15 @@ def shown(
 ) -> list[dict]:
     "Messages as Gradio takes them"
     return [{key: value for key, value in message.items() if key != "kind"} for message in messages]
+
+# %% ../../nbs/api/53_web.ipynb #b2ebd5e3
+def urgent(
+    messages: list[dict],  # of a chat
+) -> str:  # HTML; "" when nothing was said before the model
+    "The advice of the last turn, as an alert"
+    turn = messages[max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0):]
+    advice = [message["content"] for message in turn if message.get("kind") == "safety"]
+    return f'<div class="urgent" role="alert">{html.escape(advice[0])}</div>' if advice else ""
 
 # %% ../../nbs/api/53_web.ipynb #5f3cee13
 def reply(
@@ -114,7 +123,8 @@ SHORT = "For research only, not for care. In an emergency call your local emerge
 STYLE = """
 body {padding-top: 2.9rem}
 .notice {position: fixed; top: 0; left: 0; right: 0; z-index: 1000; margin: 0; padding: .45rem .9rem; background: #fff4d6; color: #3a2a00; border-bottom: 2px solid #b7791f; font-size: .9rem; line-height: 1.3; text-align: center}
-.gradio-container, .gradio-container main {max-width: 1200px !important; padding: .5rem !important}
+.gradio-container .app {max-width: 1200px !important; padding: .5rem 1rem !important}
+.urgent {border: 3px solid #b91c1c; background: #fef2f2; color: #450a0a; border-radius: 6px; padding: .6rem .9rem; font-weight: 600; white-space: pre-line; max-height: 40vh; overflow: auto}
 .gradio-container h1 {font-size: 1.25rem; margin: .25rem 0}
 :focus-visible {outline: 3px solid #1d4ed8 !important; outline-offset: 2px}
 footer {display: none !important}
@@ -163,6 +173,7 @@ def make_page(
         with gr.Row():
             tuned = chat(label="Tuned model")
             base = chat(label="Base model, before tuning", visible=False)
+        alert = gr.HTML("")
         box = gr.Textbox(label="Your message", placeholder="Enter sends, Shift+Enter begins a new line", lines=1, max_lines=6, max_length=8000, autofocus=True, submit_btn=False)
         with gr.Row():
             send, halt, fresh = gr.Button("Send", variant="primary"), gr.Button("Stop answering"), gr.Button("New conversation")
@@ -171,20 +182,21 @@ def make_page(
 
         def answer(message, compare, session, left, right):
             if not message.strip():
-                yield "", session, left, right, shown(left), shown(right)
+                yield "", session, left, right, shown(left), shown(right), urgent(left)
                 return
             for step in reply(speaker, message, compare, session, left, right):
-                yield *step, shown(step[2]), shown(step[3])
+                yield *step, shown(step[2]), shown(step[3]), urgent(step[2])
 
         def stop(session):
             if session:
                 session.halt()
 
-        outputs = [box, session, left, right, tuned, base]
+        outputs = [box, session, left, right, tuned, base, alert]
         private = {"api_visibility": "private", "show_progress": "hidden"}
         events = [trigger(answer, [box, compare, session, left, right], outputs, concurrency_limit=16, **private) for trigger in (send.click, box.submit)]
         halt.click(stop, [session], queue=False, **private)
-        fresh.click(stop, [session], queue=False, **private).then(lambda: ("", None, [], [], [], []), None, outputs, cancels=events, **private)
+        for trigger in (fresh.click, tuned.clear, base.clear):
+            trigger(stop, [session], queue=False, **private).then(lambda: ("", None, [], [], [], [], ""), None, outputs, cancels=events, **private)
         compare.change(lambda on: gr.update(visible=on), [compare], [base], **private)
     return page
 
@@ -211,7 +223,7 @@ def serve_page(
     try:
         page.queue(max_size=64).launch(
             server_name=host, server_port=port, auth=partial(may_enter, password) if password else None, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False, enable_monitoring=False, footer_links=[], run_history=False,
-            max_file_size="1kb", css=STYLE, theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), app_kwargs={"middleware": [Middleware(Policy)]},
+            max_file_size="1kb", head=f"<style>{STYLE}</style>", theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), app_kwargs={"middleware": [Middleware(Policy)]},
         )
     except OSError as error:
         raise UsageError(f"the page cannot listen on {host}:{port} ({error}); give another --port.") from None
