@@ -19,6 +19,7 @@ from typing import Any
 from .safety import DISCLAIMER
 from .session import Piece, Session
 from .speaker import Speaker, load_speaker
+from ..models.loaders import first_line
 from ..run import RunError, UsageError
 
 # %% ../../nbs/api/53_web.ipynb #ffa54361
@@ -227,6 +228,8 @@ def serve_page(
         )
     except OSError as error:
         raise UsageError(f"the page cannot listen on {host}:{port} ({error}); give another --port.") from None
+    except ValueError as error:  # Gradio asks its own page for a sign of life
+        raise RunError(f"the page was started and does not answer at {host}:{port}: a proxy setting (HTTP_PROXY without NO_PROXY=localhost) or a very busy machine. Gradio says: {first_line(error)}") from error
     print(f"The page is at http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port} (Ctrl-C ends it). For research only, not for care.", flush=True)
     try:
         page.block_thread()
