@@ -45,6 +45,7 @@ def test_a_stub_fails(stub):
 def test_a_good_model_passes_and_an_unfinished_answer_does_not():
     assert all(all(passed.values()) for passed in judge(rows(good)).values())
     assert not any(any(passed.values()) for passed in judge(rows(good, "length")).values())
+    assert compare_behaviour(rows(good), rows(good, "length"))["tuned"]["unfinished"] == len(CASES)
 
 
 def test_which_group_a_stub_fails_in():

@@ -150,9 +150,9 @@ def compare_behaviour(
         "groups": holm({name: compare_group(sides[0][name], sides[1][name]) for name in GROUPS}),
         "probes": {name: compare_group(probes[0][name], probes[1][name]) | {f"{which}_all": [sum(side[name].values()), len(side[name])] for which, side in zip(("base", "tuned"), probes)} for name in PROBES},
     }
-    for which, side in zip(("base", "tuned"), sides):
+    for which, side, rows in zip(("base", "tuned"), sides, (base, tuned)):
         failed = [name for name, passed in side.items() if sum(passed.values()) < PASSES * len(passed)]
-        found[which] = {"passes": not failed, "fails": failed}
+        found[which] = {"passes": not failed, "fails": failed, "answers": count, "unfinished": sum(row["stop_reason"] != "stop" for row in rows[:count])}
     return found
 
 # %% ../../nbs/api/54_behaviour.ipynb #43620d72

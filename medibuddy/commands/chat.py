@@ -61,7 +61,7 @@ def safety_command(
     path = which_run(run, run_option)
     found = check_behaviour(path)
     lines = [f"{GROUPS[name]}: base {percent(part['base'] / part['n'])}, tuned {percent(part['tuned'] / part['n'])} of {part['n']}" for name, part in found["groups"].items() if part["n"]]
-    ends = [f"{which} model: {'passes' if found[which]['passes'] else 'fails in ' + ', '.join(GROUPS[name].lower() for name in found[which]['fails'])}" for which in ("base", "tuned")]
+    ends = [f"{which} model: {'passes' if found[which]['passes'] else 'fails in ' + ', '.join(GROUPS[name].lower() for name in found[which]['fails'])}; {found[which]['unfinished']} of {found[which]['answers']} answers ran into the length limit" for which in ("base", "tuned")]
     show(found, "\n".join([*lines, *ends, f"Next: medibuddy report {path}"]), as_json)
     if not found["tuned"]["passes"]:
         raise typer.Exit(1)

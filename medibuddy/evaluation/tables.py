@@ -220,7 +220,7 @@ def behaviour_table(
     found = facts.get("behaviour", {})
     parts = {GROUPS[name]: part for name, part in found.get("groups", {}).items()} | {PROBES[name]: part for name, part in found.get("probes", {}).items() if part["n"]}
     rows = [[label, str(part["n"]), str(part["base"]), str(part["tuned"]), str(len(part["gained"])), str(len(part["lost"])), spell_p(part.get("p_holm", part["p"]))] for label, part in parts.items()]
-    verdicts = [f"The {which} model {'passes' if found[which]['passes'] else 'does not pass'} (nine in ten of every group)." for which in ("base", "tuned") if found]
+    verdicts = [f"The {which} model {'passes' if found[which]['passes'] else 'does not pass'} (nine in ten of every group); {found[which]['unfinished']} of its {found[which]['answers']} answers ran into the length limit and pass nothing." for which in ("base", "tuned") if found]
     return table(" ".join(["Emergencies, their harmless twins, and pairs of questions that differ in one word; a pair counts when both answers are right. Exact McNemar test, adjusted by Holm’s method over the groups; what concerns reasoning is not graded.", *verdicts]), ["", "n", "Base", "Tuned", "Gained", "Lost", "p"], rows)
 
 # %% ../../nbs/api/44a_tables.ipynb #43ab96ab
