@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import environment, medibuddy
-from tuned_run import make_tuned_run
+from tuned_run import make_tuned_run, with_other_answers
 
 from medibuddy.data.chat import user_text
 from medibuddy.data.example import Example
@@ -50,10 +50,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def run(finished_run, tmp_path_factory):
-    "A tuned run, with its merged model exported"
-    path = tmp_path_factory.mktemp("served") / "run"
-    shutil.copytree(finished_run, path)
-    return path
+    "A run that could be served"
+    return with_other_answers(Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("served") / "run")))
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +152,9 @@ def questions(run, count=200):
     return [(user_text(e), answers["base"][e.id], answers["tuned"][e.id]) for e in examples]
 
 
-def say(client, model, content, **more):
+def say(client, model, content, tokens=128, **more):
     "One greedy answer"
-    reply = client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=48, extra_body={"skip_special_tokens": False}, **more)
+    reply = client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=tokens, extra_body={"skip_special_tokens": False}, **more)
     return reply.choices[0].message.content
 
 
@@ -165,14 +163,15 @@ def test_vllm_answers_as_evaluated_under_both_names(vllm, tuned):
     client = vllm.client()
     assert {model.id for model in client.models.list()} == {"base", "tuned"}
     content, base, expected = questions(tuned, 1)[0]
-    # greedy without being asked, since the evaluation was
-    assert (say(client, "tuned", content), say(client, "base", content)) == (expected["text"], base["text"])
+    # greedy without being asked, since the evaluation was; the base model's answer is one of its longest, so its beginning is compared
+    assert say(client, "tuned", content) == expected["text"]
+    assert base["text"].startswith(say(client, "base", content, tokens=24)) and base["text"] != expected["text"]
 
 
 @needs_vllm
 def test_vllm_streams(vllm, tuned):
     content, _, expected = questions(tuned, 1)[0]
-    parts = vllm.client().chat.completions.create(model="tuned", messages=[{"role": "user", "content": content}], max_tokens=48, temperature=0, stream=True)
+    parts = vllm.client().chat.completions.create(model="tuned", messages=[{"role": "user", "content": content}], max_tokens=128, temperature=0, stream=True)
     pieces = [part.choices[0].delta.content or "" for part in parts if part.choices]
     assert len(pieces) > 3 and "".join(pieces).strip() == expected["text"].strip()
 
@@ -210,12 +209,14 @@ def test_two_hundred_requests_at_once_are_not_mixed_up(vllm, tuned):
     rows, client = questions(tuned), vllm.client()
     asked = [(model, content, row[model]) for number in range(200) for content, row in [(rows[number % len(rows)][0], dict(zip(("base", "tuned"), rows[number % len(rows)][1:], strict=True)))] for model in [("tuned", "base")[number % 2]]]
     with ThreadPoolExecutor(32) as pool:
-        found = list(pool.map(lambda one: say(client, one[0], one[1]), asked))
-    equal = sum(text == row["text"] for text, (_, _, row) in zip(found, asked, strict=True))
+        found = list(pool.map(lambda one: say(client, one[0], one[1], tokens=24), asked))
     assert len(found) == 200 and all(found)
-    # batches of other shapes sum in another order: an answer may part from the evaluated one at a tie, but it begins as its own question's
-    assert equal >= 190, equal
-    assert all(row["text"].split()[:1] == text.split()[:1] for text, (_, _, row) in zip(found, asked, strict=True))
+    # batches of other shapes sum in another order, so an answer may part from the evaluated one at a tie
+    equal = [row["text"].startswith(text) for text, (_, _, row) in zip(found, asked, strict=True)]
+    assert sum(equal) >= 196, sum(equal)
+    others = {model: [one[model]["text"] for one in ({"base": b, "tuned": t} for _, b, t in rows)] for model in ("base", "tuned")}
+    for text, (model, _, row), right in zip(found, asked, equal, strict=True):  # and none of those is another question's or the other model's
+        assert right or not any(other.startswith(text) for name in others for other in others[name] if other != row["text"]), (model, text)
 
 
 @needs_vllm
