@@ -208,15 +208,17 @@ def test_vllm_refuses_what_is_too_long_or_unknown(vllm):
 def test_two_hundred_requests_at_once_are_not_mixed_up(vllm, tuned):
     rows, client = questions(tuned), vllm.client()
     asked = [(model, content, row[model]) for number in range(200) for content, row in [(rows[number % len(rows)][0], dict(zip(("base", "tuned"), rows[number % len(rows)][1:], strict=True)))] for model in [("tuned", "base")[number % 2]]]
+    def one(asked):
+        reply = client.chat.completions.create(model=asked[0], messages=[{"role": "user", "content": asked[1]}], max_tokens=24, extra_body={"skip_special_tokens": False})
+        return reply.model, reply.usage.prompt_tokens, reply.choices[0].message.content
+
     with ThreadPoolExecutor(32) as pool:
-        found = list(pool.map(lambda one: say(client, one[0], one[1], tokens=24), asked))
-    assert len(found) == 200 and all(found)
-    # batches of other shapes sum in another order, so an answer may part from the evaluated one at a tie
-    equal = [row["text"].startswith(text) for text, (_, _, row) in zip(found, asked, strict=True)]
-    assert sum(equal) >= 196, sum(equal)
-    others = {model: [one[model]["text"] for one in ({"base": b, "tuned": t} for _, b, t in rows)] for model in ("base", "tuned")}
-    for text, (model, _, row), right in zip(found, asked, equal, strict=True):  # and none of those is another question's or the other model's
-        assert right or not any(other.startswith(text) for name in others for other in others[name] if other != row["text"]), (model, text)
+        found = list(pool.map(one, asked))
+    assert len(found) == 200
+    assert [(model, tokens) for model, tokens, _ in found] == [(model, row["prompt_tokens"]) for model, _, row in asked]
+    # batches of other shapes sum in another order, so an answer may part from the evaluated one where two tokens are nearly equal
+    equal = {which: [row["text"].startswith(text) for (_, _, text), (model, _, row) in zip(found, asked, strict=True) if model == which] for which in ("base", "tuned")}
+    assert sum(equal["tuned"]) >= 97 and sum(equal["base"]) >= 90, {which: sum(values) for which, values in equal.items()}
 
 
 @needs_vllm
