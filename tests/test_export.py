@@ -233,6 +233,7 @@ def test_memory_is_bounded_by_a_shard(tmp_path):
     config = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=16, vocab_size=512)
     model = LlamaForCausalLM(config).half()
     model.save_pretrained(base, max_shard_size="500MB")  # 540 MB: two files
+    shutil.copyfile(EMBEDDED_MODEL / "tokenizer.json", base / "tokenizer.json")
     from peft import LoraConfig, get_peft_model
 
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
@@ -260,6 +261,7 @@ def test_every_kind_of_lora_is_merged_as_peft_merges_it(tmp_path, changes):
     out.mkdir()
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=128, attention_bias=True)).save_pretrained(base)
+    shutil.copyfile(EMBEDDED_MODEL / "tokenizer.json", base / "tokenizer.json")
     tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **changes))
     for name, parameter in tuned.named_parameters():
         if changes.get("bias") and name.endswith("q_proj.base_layer.bias"):
