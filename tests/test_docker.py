@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, environment
+from tuned_run import with_other_answers
 
 DOCKER = ROOT / "docker"
 IMAGES = ("serve", "train")
@@ -110,7 +111,7 @@ def test_the_package_is_installed_from_what_was_copied(built, tmp_path):
 def test_the_entry_point_accepts_the_mounted_run(finished_run, tmp_path):
     "The serving image's own arguments, with the run where it is mounted, which it cannot write to"
     entry = json.loads(of("serve", "ENTRYPOINT")[0])
-    run = Path(shutil.copytree(finished_run, tmp_path / "run-dir"))
+    run = with_other_answers(Path(shutil.copytree(finished_run, tmp_path / "run-dir")))
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
     arguments = [str(run) if part == "/run-dir" else part for part in entry[1:]]
     done = subprocess.run([sys.executable, "-m", "medibuddy", *arguments, "--dry-run"], capture_output=True, text=True, env=environment(MEDIBUDDY_API_KEY="0123456789abcdef0123"))

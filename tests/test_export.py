@@ -63,8 +63,9 @@ def test_plain_peft_and_transformers_read_the_exports(exported):
     stored = load_file(run / "export/merged/model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert stored.keys() == load_file(EMBEDDED_MODEL / "model.safetensors").keys()
-    for form in ("adapter", "merged"):
-        assert records[form]["parity"]["texts_equal"] == records[form]["parity"]["texts"] == 8
+    adapter, merged = (records[form]["parity"] for form in ("adapter", "merged"))
+    assert adapter["texts_equal"] == adapter["texts"] > 0 and adapter["lost"] == 0
+    assert merged["lost"] < 0.01 and merged["agree"] > 0.95 * merged["tokens"]  # four steps of training leave ties
     assert str(EMBEDDED_MODEL.parent) not in "".join(file.read_text(errors="replace") for file in (run / "export").rglob("*") if file.suffix in (".json", ".md"))
 
 
@@ -183,7 +184,7 @@ def test_a_killed_export_leaves_nothing_half_written(run):
     started.wait()
     started.stderr.close()
     assert not (run / "export/merged").exists()
-    assert export(run, ["merged"])["merged"]["parity"]["texts_equal"] == 8
+    assert export(run, ["merged"])["merged"]["parity"]["lost"] < 0.01
     assert [file.name for file in (run / "export").iterdir()] == ["merged"]
 
 
@@ -232,6 +233,7 @@ def test_memory_is_bounded_by_a_shard(tmp_path):
     config = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=16, vocab_size=512)
     model = LlamaForCausalLM(config).half()
     model.save_pretrained(base, max_shard_size="500MB")  # 540 MB: two files
+    shutil.copyfile(EMBEDDED_MODEL / "tokenizer.json", base / "tokenizer.json")
     from peft import LoraConfig, get_peft_model
 
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
@@ -259,6 +261,7 @@ def test_every_kind_of_lora_is_merged_as_peft_merges_it(tmp_path, changes):
     out.mkdir()
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=128, attention_bias=True)).save_pretrained(base)
+    shutil.copyfile(EMBEDDED_MODEL / "tokenizer.json", base / "tokenizer.json")
     tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **changes))
     for name, parameter in tuned.named_parameters():
         if changes.get("bias") and name.endswith("q_proj.base_layer.bias"):

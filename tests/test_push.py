@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import medibuddy
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -62,6 +63,10 @@ class Hub(BaseHTTPRequestHandler):
         store, data = self.server.store, self.body()
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.reply(401, {"error": "Invalid username or password."})
+        if self.path == "/api/validate-yaml":  # the Hub reads a card's header before it takes the card
+            header = yaml.safe_load(json.loads(data)["content"].split("---")[1])
+            errors = [] if header.get("license") and header.get("tags") else [{"message": "no license"}]
+            return self.reply(400 if errors else 200, {"errors": errors, "warnings": []})
         if self.path == "/api/repos/create":
             asked = json.loads(data)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"

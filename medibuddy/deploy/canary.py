@@ -7,7 +7,6 @@ __all__ = ['ASKED', 'BEGINNING', 'Question', 'choose_questions', 'ask', 'begins_
 
 # %% ../../nbs/api/62a_canary.ipynb #386d774e
 from dataclasses import dataclass
-from typing import Any
 
 from ..data.chat import render_prompts, user_text
 from ..data.example import Example

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..data.card import describe_sources, table
-from ..evaluation.report import collect, model_name, view
+from ..evaluation.report import collect, view
 from ..models.download import SOURCE
 from ..recipe import Recipe
 from ..run import open_run, read_json

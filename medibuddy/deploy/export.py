@@ -9,15 +9,14 @@ __all__ = ['FORMS', 'NEEDS', 'in_order', 'export_folder', 'is_exported', 'load_r
 # %% ../../nbs/api/60_export.ipynb #990c0cfb
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import medibuddy
 from .card import model_card, public_name
 from .merge import TOKENIZER, base_files, merge_model
-from .parity import Parity, Reference, answer_logits, gate, render_ids, root_mean_square, take_reference
+from .parity import Reference, answer_logits, gate, render_ids, root_mean_square, take_reference
 from ..flow import locked_run, read_split
 from ..hardware import detect_hardware, resolve_precision
 from ..models.loaders import load_adapter, load_base, load_tokenizer, model_sha256

@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .parity import NEW_TOKENS, Parity, Reference, answer_logits, check_answers, check_logits, check_tokens, render_ids
-from ..models.loaders import EMBEDDED_MODEL, first_line
+from .parity import NEW_TOKENS, Parity, Reference, answer_logits, check_answers, check_logits, check_tokens
+from ..models.loaders import first_line
 from ..recipe import Recipe
 from ..run import RunError, UsageError, read_json, write_atomic
 

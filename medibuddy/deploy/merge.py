@@ -69,8 +69,9 @@ def load_on_skeleton(
         raise UsageError(f"adapter {adapter} is {config.peft_type.value}{' with whole modules beside it' if config.modules_to_save else ''}; only LoRA adapters are merged.")
     config.base_model_name_or_path = str(base)
     config.inference_mode = False  # what would train is what the adapter brings
+    frame = skeleton(str(base))
     try:
-        model = get_peft_model(skeleton(str(base)), config)
+        model = get_peft_model(frame, config)
         for name, parameter in [pair for pair in model.named_parameters() if pair[1].requires_grad]:
             place, _, part = name.rpartition(".")
             setattr(model.get_submodule(place), part, torch.nn.Parameter(torch.full(parameter.shape, float("nan")), requires_grad=False))

@@ -8,10 +8,8 @@ __all__ = ['QUESTIONS', 'NEW_TOKENS', 'BOUNDS', 'TIE', 'fixed_conversations', 'r
            'check_answers', 'gate']
 
 # %% ../../nbs/api/60c_parity.ipynb #5f98784c
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.chat import user_text
@@ -19,7 +17,7 @@ from ..data.example import Example
 from ..data.template import chat_frame
 from ..evaluation.generate import answer_batch
 from ..recipe import EvalConfig
-from ..run import RunError, UsageError
+from ..run import RunError
 
 # %% ../../nbs/api/60c_parity.ipynb #cf207c35
 QUESTIONS = 8  # test rows
@@ -167,8 +165,6 @@ def check_logits(
     form: str,  # one of BOUNDS
 ) -> Parity:
     "Refuse an export that lost what training changed; raises `RunError`"
-    import torch
-
     change = root_mean_square(reference.trained, reference.base)
     lost, from_base = (root_mean_square(found, other) / change for other in (reference.trained, reference.base))
     if from_base < 0.1:
@@ -211,10 +207,8 @@ def gate(
     tokenizer: Any,  # the export's
 ) -> Parity:
     "Hold an export against the trained model; raises `RunError` when it is another model"
-    from dataclasses import replace
-
     check_tokens(reference, prompts, form)
-    asked = [prompt for prompt in reference.prompts[: len(reference.answers)]]
+    asked = reference.prompts[: len(reference.answers)]
     parity = check_logits(reference, answer_logits(model, asked, reference.answers), form)
     if form in ("adapter", "merged", "f16"):
         answers = greedy_answers(model, tokenizer, asked)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import medibuddy
-from .canary import Question, ask_canary, choose_questions
+from .canary import ask_canary, choose_questions
 from .export import export_folder, is_exported
 from .merge import base_files
 from ..flow import reopen_run
