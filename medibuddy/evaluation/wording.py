@@ -196,7 +196,7 @@ def letter_standing(
 # %% ../../nbs/api/40a_wording.ipynb #2836d652
 LEADING = frozenset(
     "the my our this that these is are be it i we so thus therefore hence and but then now here finally ultimately to with as at by of in on "
-    "fairly quite pretty very reasonably highly final correct best right single chosen selected defensible reasonable true clear direct honest short simple long overall brief likely likeliest appropriate accurate probable suitable reasonable predicted medical clinical evidence-based one-word boxed "
+    "afraid fairly quite pretty very reasonably highly final correct best right single chosen selected defensible reasonable true clear direct honest short simple long overall brief likely likeliest appropriate accurate probable suitable reasonable predicted medical clinical evidence-based one-word boxed "
     "am would must will have do conclude concluding think believe find confident sure certain say answer go arrive arrived reach reached suggest suggests mean means indicates shows implies means give giving "
     "unfortunately sadly i'd i’d i'm i’m i'll i’ll here's here’s safe fair sure view question case decision conclusion summary end elimination exclusion yes only accordingly consequently most more all data evidence results findings abstract context study information passage given based provided la el die der richtige korrekte bonne".split()
 )
