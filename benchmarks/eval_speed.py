@@ -117,10 +117,10 @@ def main() -> None:
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     versions = subprocess.run([args.lm_eval, "-c", "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('lm_eval', 'torch', 'transformers')), sep=', ')"], check=True, capture_output=True, text=True).stdout.strip()
-    results = {"environment": describe_environment(), "lm_eval": versions, "load_at_start": os.getloadavg(), "questions": args.questions, "batch_size": args.batch_size, "models": {}}
+    results = {"environment": describe_environment(), "lm_eval": versions, "load_at_start": os.getloadavg(), "batch_size": args.batch_size, "models": {}}
     if args.add and RESULTS.exists():
         before = json.loads(RESULTS.read_text())
-        if any(before[key] != results[key] for key in ("environment", "lm_eval", "questions", "batch_size")):
+        if any(before[key] != results[key] for key in ("environment", "lm_eval", "batch_size")):
             raise SystemExit(f"{RESULTS} was measured with other settings or versions; run without --add.")
         results["models"] = before["models"]
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +133,8 @@ def main() -> None:
 
 
 def compare(name: str, model_dir: Path, args: argparse.Namespace, environment: dict, before: dict) -> dict:
-    "Let both sides take turns on one model, and add the seconds to those measured before"
+    "Let both sides take turns on one model, and add the seconds to those measured before on as many questions"
+    before = before if before.get("questions") == args.questions else {}
     found = {"here": {"seconds": before.get("medibuddy_seconds", [])}, "there": {"seconds": before.get("lm_eval_seconds", [])}}
     for _ in range(args.rounds):
         for side, python in (("there", args.lm_eval), ("here", sys.executable)):
@@ -147,7 +148,7 @@ def compare(name: str, model_dir: Path, args: argparse.Namespace, environment: d
         raise SystemExit(f"{name}: {unlike} of {args.questions} decisions differ; the two sides do not do the same work.")
     here, there = (statistics.median(found[side]["seconds"]) for side in ("here", "there"))
     print(f"{name}: lm-eval {there:.2f} s, medibuddy {here:.2f} s: {there / here:.2f} times faster; {unlike} decisions differ")
-    return {"medibuddy_seconds": found["here"]["seconds"], "lm_eval_seconds": found["there"]["seconds"], "times_faster": round(there / here, 2), "decisions_that_differ": unlike}
+    return {"questions": args.questions, "medibuddy_seconds": found["here"]["seconds"], "lm_eval_seconds": found["there"]["seconds"], "times_faster": round(there / here, 2), "decisions_that_differ": unlike}
 
 
 if __name__ == "__main__":

@@ -38,6 +38,10 @@ def alone(model, tokenizer, prompt, label):
     return sum(float(logits[i - 1, whole[i]]) for i in range(len(asked), len(whole)))
 
 
+def test_reasoning_that_the_prompt_opened_is_closed_before_the_choice():
+    assert cue("Is it so?<think>\n") == "\n</think>\n\nFinal decision:" and cue("Is it so?\n") == "Final decision:"
+
+
 def test_one_shared_pass_equals_one_pass_a_choice(embedded):
     model, tokenizer, prompts = embedded
     rows = add_choices([{"id": example.id} for example in EXAMPLES], model, tokenizer, EXAMPLES, prompts)
@@ -69,12 +73,15 @@ def test_a_label_of_several_tokens_is_read_whole_and_batches_do_not_matter(embed
 
 
 @pytest.mark.parametrize(("prompt", "text", "closing"), [("Is it so?<think>\n", "It fell in 40", "\n</think>\n\n"), ("Is it so?<think>\n", "It fell.</think>\n\nThe drug", "\n\n"), ("Is it so?\n", "The drug works, since it", "\n\n")])
-def test_a_forced_answer_is_the_likeliest_behind_what_was_written(embedded, prompt, text, closing):
+def test_a_forced_answer_is_the_likeliest_behind_what_was_written(embedded, monkeypatch, prompt, text, closing):
     model, tokenizer, _ = embedded
     row = {"id": "a", "prompt": prompt, "text": text, "stop_reason": "length", "gold": "yes", "decision": None}
     others = [row | {"id": "c", "stop_reason": "stop"}, row | {"id": "open", "gold": None}]
+    asked = []
+    monkeypatch.setattr("medibuddy.evaluation.choices.score_choices", lambda model, questions: asked.extend(questions) or score_choices(model, questions))
     (forced, *untouched) = force_answers([row, *others], model, tokenizer, [EXAMPLES[0], EXAMPLES[3], EXAMPLES[2]])
     chances = {label: alone(model, tokenizer, prompt + text + closing, label) for label in ("yes", "no", "maybe")}
+    assert tokenizer.decode(asked[0].input_ids).endswith(f"{prompt}{text}{closing}Final decision:") and len(asked) == 1
     assert forced == row | {"forced": max(chances, key=chances.get)} and untouched == others
 
 

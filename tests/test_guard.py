@@ -73,7 +73,7 @@ def drawn_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
     (folder / "rows.json").write_text(json.dumps(pubmedqa_rows()), encoding="utf-8")
     recipe = Recipe.load(
-        "tiny", path=str(folder / "rows.json"), source="pubmedqa", max_steps=2, test_fraction=0.3, max_new_tokens=12, shots=2, temperature=0.8, top_p=0.9, samples=3, eval_batch_size=2, choices=True, force_answer=True
+        "tiny", path=str(folder / "rows.json"), source="pubmedqa", max_steps=2, test_fraction=0.3, max_new_tokens=4, shots=2, temperature=0.8, top_p=0.9, samples=3, eval_batch_size=2, choices=True, force_answer=True
     )
     flow.train(recipe, folder / "run")
     for stage in (flow.evaluate, flow.compare, flow.report):

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import environment, medibuddy, pubmedqa_rows
-from test_resume import adapter_hash, kill_after, losses
+from test_resume import adapter_hash, losses
 
 pytestmark = [
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
@@ -38,19 +38,27 @@ def start(words) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "medibuddy", *words], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def kill_a_worker(process: subprocess.Popen, run: Path, lines: int, chance: random.Random) -> bool:
-    "Kill one of the training processes alone once the log has grown; the command then ends by itself"
-    limit, before = time.monotonic() + 120, len(losses(run)) if (run / "log.jsonl").exists() else 0
-    while process.poll() is None and time.monotonic() < limit and (not (run / "log.jsonl").exists() or (run / "log.jsonl").read_bytes().count(b"\n") < before + lines):
+def wait_for_step(process: subprocess.Popen, run: Path, step: int, since: float) -> None:
+    "Wait until this process (not one before it) has logged a step, or has ended"
+    log, limit = run / "log.jsonl", time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < limit:
+        if log.exists() and log.stat().st_mtime > since:  # a continued training writes its log anew first
+            rows = log.read_text().splitlines()
+            if len(rows) > 1 and json.loads(rows[-2])["step"] >= step:
+                return
         time.sleep(0.005)
-    try:
-        workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "medibuddy.training.worker" in child.cmdline() and "torch.distributed.run" not in child.cmdline()]
-        chance.choice(workers).send_signal(signal.SIGKILL)
-    except (psutil.Error, IndexError):
-        process.wait()
-        return False
-    process.wait(120)
-    return process.returncode != 0
+
+
+def kill(process: subprocess.Popen, chance: random.Random, one_worker: bool) -> bool:
+    "Kill the command, or one of its training processes alone, after which it ends by itself; False when it was done before"
+    time.sleep(chance.uniform(0, 0.3))
+    target = psutil.Process(process.pid) if process.poll() is None else None
+    if target and one_worker:
+        workers = [child for child in target.children(recursive=True) if "medibuddy.training.worker" in child.cmdline() and "torch.distributed.run" not in child.cmdline()]
+        target = chance.choice(workers) if workers else None
+    if target:
+        target.send_signal(signal.SIGKILL)
+    return process.wait(120) != 0
 
 
 @pytest.mark.parametrize(("case", "processes"), [(case, 1) for case in CASES] + [("8-bit optimizer", 2), ("4-bit base", 2)])
@@ -60,15 +68,12 @@ def test_killed_at_random_moments_gives_the_same_adapter_bit_for_bit(tmp_path, c
     done = medibuddy(*command(rows, straight, case, processes), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["dtypes"]["optimizer"] == "uint8"
-    for number in range(KILLS):
+    for number, step in enumerate(sorted(chance.sample(range(1, 9), KILLS))):
+        begun = time.time()
         process = start(command(rows, run, case, processes))
-        if processes > 1 and number % 2:
-            kills += kill_a_worker(process, run, chance.randint(1, 3), chance)
-        else:
-            kills += kill_after(process, run, chance.randint(1, 3), chance.uniform(0, 0.3), signal.SIGKILL)
-        if (run / "adapter").exists():
-            break  # it was quicker than the killer
-    assert kills >= min(2, KILLS)
+        wait_for_step(process, run, step, begun)
+        kills += kill(process, chance, one_worker=processes > 1 and number % 2 == 1)
+    assert kills >= KILLS - 1
     done = medibuddy(*command(rows, run, case, processes), "--json")
     assert done.returncode == 0, done.stderr
     assert adapter_hash(run) == adapter_hash(straight)

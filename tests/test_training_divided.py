@@ -1,4 +1,8 @@
-"""FSDP2 and DeepSpeed's ZeRO-3 with their real code on two processes of a CPU: really divided, the adapter that one process trains, and the same after an interruption."""
+"""FSDP2 and DeepSpeed's ZeRO-2 and ZeRO-3 with their real code on two processes of a CPU: really divided, the adapter that one process trains, and the same after an interruption.
+
+DeepSpeed is not in the lock: `pip install deepspeed==0.19.8 && pytest tests/test_training_divided.py` (about three minutes; it needs a C++ compiler at its first start. A first start that is
+killed leaves ~/.cache/torch_extensions/*/deepspeed_shm_comm/lock, and every later one waits for it: remove that folder).
+"""
 
 import shutil
 from importlib.util import find_spec
@@ -68,7 +72,7 @@ def test_deepspeed_reads_the_shipped_configurations(kind, tmp_path):
     read = DeepSpeedConfig(settled(given))
     zero, offload = read.zero_config, kind.endswith("offload")
     assert int(zero.stage) == int(kind[4]) and read.gradient_clipping == 1.0
-    assert (zero.offload_optimizer is not None and str(zero.offload_optimizer.device.value) == "cpu") is offload
+    assert (zero.offload_optimizer is not None and zero.offload_optimizer.device == "cpu") is offload
     assert (zero.offload_param is not None) is (offload and kind.startswith("zero3"))
 
 

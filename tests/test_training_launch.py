@@ -11,10 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import environment, medibuddy, pubmedqa_rows
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from medibuddy.run import RunError, sha256_file
-from medibuddy.training.launch import Launch, run_workers
+from medibuddy.run import RunError, UsageError, sha256_file
+from medibuddy.training.launch import Launch, run_workers, share_batch
 
 OPTIONS = [part for setting in ("max_steps=6", "checkpoint_every=2", "test_fraction=0.3", "batch_size=4", "gradient_accumulation=1", "r=4", "learning_rate=1e-3") for part in ("--set", setting)]
 LAUNCH = ["--launch", "ddp", "--processes", "2"]
@@ -126,6 +128,16 @@ def test_what_cannot_be_spread_is_refused_before_anything_is_written(call, tmp_p
     monkeypatch.setattr("medibuddy.training.launch.find_spec", lambda name: None)
     status, _, err = call("train", "--run", tmp_path / "run", *options)
     assert status == 2 and message in err and not (tmp_path / "run").exists()
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 16))
+def test_an_optimizer_step_sees_as_many_rows_on_any_number_of_processes(batch, accumulation, world):
+    if batch * accumulation % world:
+        with pytest.raises(UsageError, match="cannot be divided"):
+            share_batch(batch, accumulation, world)
+        return
+    size, steps = share_batch(batch, accumulation, world)
+    assert size * steps * world == batch * accumulation and 1 <= size <= batch  # never more memory a process than in one
 
 
 def test_an_error_in_a_worker_is_the_command_s_error(tmp_path):

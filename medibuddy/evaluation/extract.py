@@ -89,6 +89,7 @@ def without_lists(
 
 REPAIR = re.compile(
     rf"(?:^|[.!?\n→—–>(] ?)[\s*_\"'>]{{0,6}}(?:but |oh,? |no,? |and )?{either('wait|hold on|hmm|hmmm|actually|sorry|oops|correction:|edit:|update:|on reflection', 'on (?:second|further|closer|deeper) (?:thoughts?|reflection|reading|inspection|look)', 'let(?:’s|.s| me| us) (?:just |quickly )?(?:re-?)?(?:check|consider|think|read|look|examine|evaluate|verify)')}(?!\w)"
+    rf"|[,;] (?:no,? wait|wait,? no|no,? sorry|sorry,? no|actually,? no|or rather|i mean)\b"
     rf"|\b{either('scratch that|i doubt it|i doubt that|strike that|changed my mind|reconsider', '(?:that|this|which) (?:is|was|would be) (?:incorrect|wrong|false|not (?:right|correct))', 'no longer (?:sure|certain|confident)', 'not (?:so )?sure (?:of|about) (?:this|that)', 'i (?:take (?:that|it) back|was wrong|misread|made (?:a mistake|an error)|withdraw|retract)')}\b",
     re.IGNORECASE,
 )

@@ -7,8 +7,9 @@ __all__ = ['DECISIONS', 'NOUNS', 'ASKED', 'OTHER_LANGUAGES', 'MARKER', 'ABOUT', 
            'BOXED', 'BOXED_TEXT', 'BOX_DENIED', 'CHOSEN', 'SO', 'ONLY_ONE', 'LEFT_OVER', 'SUPPORTED', 'CORRESPONDS',
            'IMPERATIVE', 'CHECKED', 'CALLED', 'SENTENCE_OVER', 'LETTER_OVER', 'OPTION_IS', 'IS_RIGHT', 'ANY', 'FOREIGN',
            'ENGLISH', 'TALK', 'CHATTY', 'LIMITED', 'SURE', 'FULL_CLAUSE', 'MEASURED', 'SET_OFF', 'LETTER_SET_OFF',
-           'OPTION_LINE', 'OPTION_INLINE', 'CLOSING', 'ASKS', 'ANSWERED', 'Claim', 'either', 'linked', 'marked_claims',
-           'phrase_claims', 'whole_claim', 'opening_claim', 'closing_claims', 'last_line_claim', 'answered_claim']
+           'OPTION_LINE', 'OPTION_INLINE', 'CLOSING', 'META', 'PRESENT', 'ANSWERED', 'Claim', 'either', 'linked',
+           'marked_claims', 'phrase_claims', 'whole_claim', 'opening_claim', 'closing_claims', 'last_line_claim',
+           'answered_claim']
 
 # %% ../../nbs/api/40f_statements.ipynb #2055a999
 import re
@@ -105,7 +106,7 @@ BOXED = re.compile(r"\\boxed\s{0,3}\{\s{0,12}\{?\s{0,3}\(?")
 BOXED_TEXT = re.compile(r"\s{0,3}\)?(?:[.:)] {0,9}\{?[^{}\n]{1,80}\}?)?[\s}]{0,6}\}")
 BOX_DENIED = re.compile(r"\b(?:not|never|cannot|neither|whether|wrong|incorrect|rules? out|could|might|may)\b|n['’]t\b", re.IGNORECASE)
 CHOSEN = re.compile(
-    rf"\b(?:(?:[Tt]his|[Tt]he) question (?:can|should|must|is)(?: be)?(?: best)? answered(?: with)?|(?:I|[Ww]e)(?:['’]d|['’]ll|['’]m| am| would| will| must| can)?(?: therefore| thus| hence| still)? {either('choose|select|pick|go with|going with|go for|opt for|answer|say|vote|decide on|decided on|settle on|settled on', '(?:call|classify|label|rate|judge) (?:this|it)(?: one)?(?: as)?', 'conclude:')})(?: (?:this|the) question)?(?: with)?(?: an?(?= [*\"“]{{0,3}}(?:yes|no|maybe)\b))?(?: (?:option|answer|choice|letter))? {{0,2}}[(*\"“]{{0,3}}"
+    rf"\b(?:(?:[Tt]his|[Tt]he) question (?:can|should|must|is)(?: be)?(?: best)? answered(?: with)?|(?:I|[Ww]e)(?:['’]d|['’]ll|['’]m| am| would| will| must| can| have to)?(?: therefore| thus| hence| still)? {either('choose|select|pick|go with|going with|go for|opt for|answer|say|vote|decide on|decided on|settle on|settled on', '(?:call|classify|label|rate|judge) (?:this|it)(?: one)?(?: as)?', 'conclude:')})(?: (?:this|the) question)?(?: with)?(?: an?(?= [*\"“]{{0,3}}(?:yes|no|maybe)\b))?(?: (?:option|answer|choice|letter))? {{0,2}}[(*\"“]{{0,3}}"
 )
 SO = either("so|therefore|thus|hence|consequently|accordingly|∴")
 ONLY_ONE = either("it is|it's|it’s|it must be|must be|go with|letter:|leaving", "eliminating [^.\\n]{1,60} leaves", "(?:this|that|which) leaves", "by (?:elimination|exclusion)[,:]")
@@ -122,7 +123,7 @@ SENTENCE_OVER = re.compile(r"[*_\"'”]{0,3}(?: from me)?[.!]{0,3}[*_\"'”]{0,3
 LETTER_OVER = re.compile(r"[)*_]{0,4}(?: it is)?(?:[.!:;]? {0,3}(?:\n|$)|[.!] [A-Z])")
 OPTION_IS = re.compile(r"(?:^|(?<=[\n.!?:;,*(]))[ *_(]{0,4}(?:(?:so|thus|therefore|hence|only|option|choice|answer|(?:I|we) (?:conclude|think|believe)(?: that)?),? ){0,3}[(*]{0,3}(?=[A-Z][)*. ])", re.IGNORECASE)
 IS_RIGHT = re.compile(
-    r"[)*.]{0,4} is (?:(?:clearly|therefore|thus|indeed|definitely|the|single|most) ){0,4}(?:correct|right|best|appropriate|answer)(?: (?:answer|option|choice|one|next step))?"
+    r"[)*.]{0,4} is (?:(?:clearly|therefore|thus|indeed|definitely|the|my|single|most) ){0,4}(?:correct|right|best|appropriate|answer)(?: (?:answer|option|choice|one|next step))?"
     r"(?=\s{0,2}(?:[.,;:!)*\n]|because|since|as|here|given|$))",
     re.IGNORECASE,
 )
@@ -207,7 +208,7 @@ def opening_claim(
     if spelled.letters:
         options = {match[1] for pattern in (OPTION_LINE, OPTION_INLINE) for match in pattern.finditer(text, here, here + 4000)}
         listed = re.search(rf"[ ,;]\(?{chr(ord(value[0].upper()) + 1)}[).:] ", tail.split("\n")[0])  # "A) this B) that"
-        unusable = listed or not LETTER_SET_OFF.match(tail) or not value[0].isupper() or len(options) > 1
+        unusable = listed or (value[0] == "A" and tail[:2] == ": ") or not LETTER_SET_OFF.match(tail) or not value[0].isupper() or len(options) > 1
     else:
         sign = SET_OFF.match(tail)
         unusable = not sign or CHATTY.match(tail) or LIMITED.match(tail) or len(FOREIGN.findall(tail)) > len(ENGLISH.findall(tail)) or re.match(r"\. ?[a-z\d]", tail)
@@ -254,8 +255,9 @@ def last_line_claim(
     return claim and Claim(claim.label, claim.start, claim.end, "alternatives" if listed else "stated", "last line")
 
 # %% ../../nbs/api/40f_statements.ipynb #9c3ac989
-ASKS = "Is|Are|Was|Were|Do|Does|Did|Can|Could|Should|Would|Will|Has|Have|Had|May|Might|Must|In|Among|For|After|At|Yes or no|(?:(?:So|And) )?(?:[Tt]he|[Mm]y) (?:final )?(?:answer|decision|verdict|conclusion)"  # "Significant? No." answers another question
-ANSWERED = re.compile(rf"\s{{0,20}}(?:Q(?:uestion)?: ?)?(?:{ASKS})\b(?! there\b)[^.!?\n]{{0,300}}\?[\"”*)]{{0,3}}\s{{1,3}}[*_]{{0,3}}")
+META = "Yes or no|(?:(?:So|And) )?(?:[Tt]he|[Mm]y) (?:final )?(?:answer|decision|verdict|conclusion)"
+PRESENT = "Is|Are|Do|Does|Can|Could|Should|Would|Will|Has|Have|In|Among|For|After|At"  # "Was it blinded? No." is about the study, not its question
+ANSWERED = re.compile(rf"\s{{0,20}}(?:Q(?:uestion)?: ?[A-Z]|(?:{META})\b|(?:{PRESENT})\b(?! there\b))[^.!?\n]{{0,300}}\?[\"”*)]{{0,3}}\s{{1,3}}[*_]{{0,3}}")
 
 
 def answered_claim(
