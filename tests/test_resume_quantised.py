@@ -18,6 +18,8 @@ import pytest
 from conftest import environment, medibuddy, pubmedqa_rows
 from test_resume import adapter_hash, losses
 
+from medibuddy.run import read_json
+
 pytestmark = [
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
     pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills children with their parent"),
@@ -65,16 +67,16 @@ def kill(process: subprocess.Popen, chance: random.Random, one_worker: bool) -> 
 def test_killed_at_random_moments_gives_the_same_adapter_bit_for_bit(tmp_path, case, processes):
     rows, straight, run, chance, kills = tmp_path / "rows.json", tmp_path / "straight", tmp_path / "run", random.Random(f"{case}{processes}"), 0
     rows.write_text(json.dumps(pubmedqa_rows()), encoding="utf-8")
-    done = medibuddy(*command(rows, straight, case, processes), "--json")
+    done = medibuddy(*command(rows, straight, case, processes))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["dtypes"]["optimizer"] == "uint8"
+    assert read_json(straight / "manifest.json")["stages"]["train"]["dtypes"]["optimizer"] == "uint8"
     for number, step in enumerate(sorted(chance.sample(range(1, 9), KILLS))):
         begun = time.time()
         process = start(command(rows, run, case, processes))
         wait_for_step(process, run, step, begun)
         kills += kill(process, chance, one_worker=processes > 1 and number % 2 == 1)
     assert kills >= KILLS - 1
-    done = medibuddy(*command(rows, run, case, processes), "--json")
+    done = medibuddy(*command(rows, run, case, processes))
     assert done.returncode == 0, done.stderr
     assert adapter_hash(run) == adapter_hash(straight)
     assert losses(run) == losses(straight)
