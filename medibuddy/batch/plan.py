@@ -144,7 +144,7 @@ def run_id(
 ) -> str:
     "Name the folder of a run"
     name = notebook.relative_to(base).as_posix() if notebook.is_relative_to(base) else notebook.name
-    shown = "-".join(f"{key}={parameters[key]}" for key in varying if key in parameters)
+    shown = "-".join(f"{key}={parameters[key]:.4g}" if isinstance(parameters[key], float) else f"{key}={parameters[key]}" for key in varying if key in parameters)
     readable = re.sub(r"[^A-Za-z0-9=._-]+", "_", f"{notebook.stem}-{shown}" if shown else notebook.stem)[:80].strip("-._")
     return f"{readable}-{stage_key(name, parameters)[:8]}"
 

@@ -24,8 +24,12 @@ def list_runs(
     from medibuddy.batch.plan import expand, load_plan
     from medibuddy.batch.worker import run_key
 
-    rows = []
-    for run in expand(load_plan(plan_file)):
+    rows, plan = [], load_plan(plan_file)
+    if plan.search:
+        trials = plan.search["trials"]
+        show({"trials": trials, "at_once": plan.search["at_once"]}, f"a search of {trials} trials; which parameters they have follows from the results of those before them.", as_json)
+        return
+    for run in expand(plan):
         found = settled(Path(folder).resolve() / "runs" / run.id, run_key(run.notebook, run.parameters))
         rows.append({"id": run.id, "parameters": run.parameters, "state": found["state"] if found else "waiting"})
     show(rows, "\n".join(f"{row['state']:<8} {row['id']}  {row['parameters']}" for row in rows), as_json)
