@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from medibuddy.run import RunError, UsageError, sha256_file
 from medibuddy.training.launch import Launch, run_workers, share_batch
 
-OPTIONS = [part for setting in ("max_steps=6", "checkpoint_every=2", "test_fraction=0.3", "batch_size=4", "gradient_accumulation=1", "r=4", "learning_rate=1e-3") for part in ("--set", setting)]
+OPTIONS = [part for setting in ("max_steps=8", "checkpoint_every=2", "test_fraction=0.3", "batch_size=4", "gradient_accumulation=1", "r=4", "learning_rate=1e-3") for part in ("--set", setting)]
 LAUNCH = ["--launch", "ddp", "--processes", "2"]
 
 
@@ -53,7 +53,7 @@ def straight(rows, tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert (facts["launch"], facts["processes"]) == ("ddp", 2)
-    assert {path.name for path in (run / "checkpoints" / "checkpoint-6").glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}  # both were there
+    assert {path.name for path in (run / "checkpoints" / "checkpoint-8").glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}  # both were there
     assert done.stderr.count("tokens are trained, between") == 1 and not list(run.glob(".job*")) and not list(run.glob(".result*"))
     return run
 
@@ -79,7 +79,7 @@ def test_a_killed_launch_leaves_no_worker_and_goes_on_bit_for_bit(rows, straight
     run = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-m", "medibuddy", *command(rows, run, *LAUNCH)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     limit = time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < limit and not (run / "checkpoints" / "checkpoint-2").exists():
+    while process.poll() is None and time.monotonic() < limit and not (run / "checkpoints" / "checkpoint-6").exists():  # within the second epoch
         time.sleep(0.01)
     workers = family(psutil.Process(process.pid))
     assert len(workers) >= 3  # torchrun and two workers
@@ -89,7 +89,8 @@ def test_a_killed_launch_leaves_no_worker_and_goes_on_bit_for_bit(rows, straight
     assert not alive
     done = medibuddy(*command(rows, run, *LAUNCH, "--json"))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["resumed_at_step"] >= 2
+    assert json.loads(done.stdout)["resumed_at_step"] >= 6
+    assert max(row["epoch"] for row in log(run)) > 1 > min(row["epoch"] for row in log(run))
     assert sha256_file(run / "adapter" / "adapter_model.safetensors") == sha256_file(straight / "adapter" / "adapter_model.safetensors")
     assert log(run) == log(straight)
 

@@ -149,7 +149,8 @@ class LedgerTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
-        return LengthGroupedSampler(self.lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size, self.args.seed)
+        self.sampler = LengthGroupedSampler(self.lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size, self.args.seed)
+        return self.sampler
 
     def training_step(self, model, inputs, *args, **kwargs):
         self.step_tokens += int(inputs["attention_mask"].sum())
@@ -259,6 +260,10 @@ class MonitorCallback(TrainerCallback):
         patience: int | None = None,  # evaluations without a new lowest loss before the training ends; None never ends it early
     ):
         self.monitor, self.patience, self.trainer = monitor, patience, None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # where several processes go on within an epoch, Accelerate wraps the sampler once more than the Trainer looks for when it tells the epoch
+        self.trainer.sampler.set_epoch(int(state.epoch))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
