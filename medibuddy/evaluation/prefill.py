@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..kernels.rows import row_forward
+from ..kernels.rows import RowAttention
 
 # %% ../../nbs/api/40g_prefill.ipynb #416cdce2
 SERVED = {"LlamaForCausalLM", "Qwen2ForCausalLM"}
@@ -46,15 +46,9 @@ def attended(
     scaling: float,  # factor of the scores
 ) -> torch.Tensor:  # [tokens or rows, heads * head size]
     "Causal attention inside each row"
-    output = torch.empty_like(query)
     last = len(query) == len(lengths)
-    for q, k, v, to in zip(query.split(1 if last else lengths), key.split(lengths), value.split(lengths), output.split(1 if last else lengths), strict=True):
-        if last:
-            heads = [part.transpose(0, 1)[None] for part in (q, k, v)]
-            to.copy_(F.scaled_dot_product_attention(*heads, scale=scaling, enable_gqa=True)[0].transpose(0, 1))
-        else:
-            row_forward(q, k, v, scaling, to)
-    return output.flatten(1)
+    places = tuple(torch.tensor([length - 1]) for length in lengths) if last else None
+    return RowAttention.apply(query, key, value, tuple(lengths), scaling, places).flatten(1)
 
 # %% ../../nbs/api/40g_prefill.ipynb #fe66659c
 def run_layer(
