@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['app', 'NOTICE', 'JsonOption', 'RunOption', 'RecipeOption', 'DataOption', 'ShapeOption', 'HubOption', 'ColumnOption',
            'BenchmarkOption', 'LeaksOption', 'SetOption', 'RunArgument', 'RunAgainOption', 'INTERRUPTED', 'CLICK_ERROR',
-           'show', 'parse_settings', 'parse_pairs', 'load_recipe', 'percent', 'comparison_table', 'show_comparison',
-           'which_run', 'demo_command', 'prepare_command', 'describe_account', 'train_command', 'download_command',
-           'plan_command', 'evaluate_command', 'compare_command', 'report_command', 'harness_command', 'verify_command',
-           'checked_claims', 'check_claim_command', 'main', 'fail']
+           'show', 'results', 'quiet', 'parse_settings', 'parse_pairs', 'load_recipe', 'percent', 'comparison_table',
+           'show_comparison', 'which_run', 'demo_command', 'prepare_command', 'describe_account', 'train_command',
+           'download_command', 'plan_command', 'evaluate_command', 'compare_command', 'report_command',
+           'harness_command', 'verify_command', 'checked_claims', 'check_claim_command', 'main', 'fail']
 
 # %% ../nbs/api/90_cli.ipynb #b1dd3513
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -32,7 +34,27 @@ def show(
     as_json: bool,  # print JSON instead of text
 ) -> None:
     "Print a command's result"
-    print(json.dumps(result, ensure_ascii=False) if as_json else text)
+    print(json.dumps(result, ensure_ascii=False) if as_json else text, file=results())
+
+
+_results = None  # standard output, while `quiet` lets everything else go to standard error
+
+
+def results() -> TextIO:
+    "Where a command's results go"
+    return _results or sys.stdout
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    "Leave standard output to `show`: some libraries greet there when they are loaded, and a script could not read the JSON"
+    global _results
+    _results = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = None
 
 # %% ../nbs/api/90_cli.ipynb #ce7aefcd
 def parse_settings(
@@ -427,7 +449,8 @@ def main(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        status = app(arguments, standalone_mode=False)
+        with quiet() if "--json" in (arguments or sys.argv) else nullcontext():
+            status = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except Exception as error:

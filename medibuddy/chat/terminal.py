@@ -93,8 +93,9 @@ class Terminal:
         folder: Path,  # where /save puts files that are not named
         hide_reasoning: bool = False,
         as_json: bool = False,  # write every exchange as one line of JSON
+        out: TextIO | None = None,  # where the conversation goes; None takes standard output
     ):
-        self.session, self.folder, self.hide_reasoning, self.as_json = session, folder, hide_reasoning, as_json
+        self.session, self.folder, self.hide_reasoning, self.as_json, self.out = session, folder, hide_reasoning, as_json, out or sys.stdout
 
     def say(self, text: str) -> None:
         "A line that is no part of the conversation"
@@ -109,8 +110,8 @@ class Terminal:
                     pass
             else:
                 if base:
-                    sys.stdout.write("base model:\n")
-                print_pieces(pieces, sys.stdout, wants_colour(), self.hide_reasoning)
+                    self.out.write("base model:\n")
+                print_pieces(pieces, self.out, wants_colour(), self.hide_reasoning)
         except KeyboardInterrupt:
             pieces.close()
             print("\n(stopped)\n", file=sys.stderr)
@@ -119,7 +120,7 @@ class Terminal:
 
     def print_row(self, exchange: Exchange, model: str) -> None:
         "One exchange as a line of JSON"
-        print(json.dumps({"message": exchange.message} | message_rows(exchange, model)[1], ensure_ascii=False), flush=True)
+        print(json.dumps({"message": exchange.message} | message_rows(exchange, model)[1], ensure_ascii=False), file=self.out, flush=True)
 
     def command(self, line: str) -> bool:  # False when the person leaves
         "Do what a line that begins with a slash says"

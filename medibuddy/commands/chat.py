@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ..cli import JsonOption, RunAgainOption, RunArgument, app, percent, show, which_run
+from ..cli import JsonOption, RunAgainOption, RunArgument, app, percent, results, show, which_run
 
 # %% ../../nbs/api/94_chat_commands.ipynb #e6f83f8f
 @app.command("chat")
@@ -42,7 +42,7 @@ def chat_command(
     from medibuddy.chat.session import Session
     from medibuddy.chat.terminal import Terminal, read_lines
 
-    terminal = Terminal(Session(path, transcript, max_new_tokens), path / "chats", hide_reasoning, as_json)
+    terminal = Terminal(Session(path, transcript, max_new_tokens), path / "chats", hide_reasoning, as_json, results())
     typed = sys.stdin.isatty() and not as_json
     if terminal.session.exchanges:
         terminal.say(f"{len(terminal.session.exchanges)} turns of {transcript} go on.")
