@@ -75,7 +75,7 @@ def test_the_command_is_checked_and_printed_without_the_key(run):
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [
-    (["--engine", "vllm", "--host", "0.0.0.0", "--no-key"], "anybody who reaches it"), (["--engine", "transformers", "--host", "0.0.0.0"], "asks for no key"), (["--engine", "ollama"], "Valid choices"),
+    (["--engine", "vllm", "--host", "0.0.0.0", "--no-key"], "anybody who reaches it"), (["--engine", "transformers", "--host", "0.0.0.0"], "asks for no key"), (["--engine", "ollama"], "give vllm or transformers"),
     (["--engine", "transformers"], "medibuddy export"), (["--engine", "vllm", "--merged"], "medibuddy export"), (["--port", "0", "--engine", "vllm"], "from 1 to 65535"), (["--engine", "vllm", "--python", "/no/such/python"], "cannot be started"),
 ])
 def test_bad_arguments(call, run, arguments, reason):

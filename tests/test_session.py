@@ -268,6 +268,7 @@ def test_control_c_stops_the_answer_and_a_kill_loses_no_finished_turn(finished_r
     path = tmp_path / "kept.jsonl"
     process, terminal = pty.fork()
     if not process:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background it is ignored, and programs inherit that
         os.execve(sys.executable, [sys.executable, "-m", "medibuddy", "chat", str(finished_run), "--max-new-tokens", "900", "--transcript", str(path)], environment(TERM="xterm"))
     shown = bytearray()
     threading.Thread(target=drain, args=(terminal, shown), daemon=True).start()

@@ -29,7 +29,7 @@ from .merge import base_files
 from ..flow import reopen_run
 from ..hardware import Hardware, detect_hardware, resolve_precision
 from ..models.loaders import skeleton, linear_names
-from ..recipe import Recipe, nearest
+from ..recipe import Recipe
 from ..run import Run, RunError, UsageError, check_inputs, explain_os_error, read_json
 from ..training.launch import die_with_parent
 
@@ -173,7 +173,7 @@ def plan_server(
     hardware = detect_hardware()
     engine = engine or ("vllm" if hardware.device == "cuda" else "transformers")
     if engine not in ENGINES:
-        raise UsageError(f"`--engine` is {engine!r}.{nearest(engine, ENGINES)}")
+        raise UsageError(f"`--engine` is {engine!r}; give {' or '.join(ENGINES)}.")
     if not 1 <= port <= 65535:
         raise UsageError(f"`--port` is {port}; give a number from 1 to 65535.")
     if host not in LOOPBACK and (engine == "transformers" or not with_key):
