@@ -73,7 +73,7 @@ def drawn_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
     (folder / "rows.json").write_text(json.dumps(pubmedqa_rows()), encoding="utf-8")
     recipe = Recipe.load(
-        "tiny", path=str(folder / "rows.json"), source="pubmedqa", max_steps=2, test_fraction=0.3, max_new_tokens=4, shots=2, temperature=0.8, top_p=0.9, samples=3, eval_batch_size=2, choices=True, force_answer=True
+        "tiny", path=str(folder / "rows.json"), source="pubmedqa", max_steps=2, test_fraction=0.3, max_new_tokens=12, shots=2, temperature=0.8, top_p=0.9, samples=3, eval_batch_size=2, choices=True
     )
     flow.train(recipe, folder / "run")
     for stage in (flow.evaluate, flow.compare, flow.report):
@@ -100,10 +100,15 @@ def test_choices_stand_in_rows_metrics_and_report(drawn_run):
     assert "Choices by likelihood" in (drawn_run / "report.html").read_text(encoding="utf-8") and (drawn_run / "figures" / "calibration.png").exists()
 
 
-def test_forced_answers_are_told_apart_and_graded_nowhere(drawn_run):
-    found = json.loads((drawn_run / "metrics.json").read_text(encoding="utf-8"))
+def test_forced_answers_are_told_apart_and_graded_nowhere(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(pubmedqa_rows()), encoding="utf-8")
+    run = tmp_path / "run"
+    flow.train(Recipe.load("tiny", path=str(tmp_path / "rows.json"), source="pubmedqa", max_steps=1, test_fraction=0.3, max_new_tokens=4, eval_batch_size=4, force_answer=True), run)
+    for stage in (flow.evaluate, flow.compare, flow.report):
+        stage(run)
+    found = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     for which in ("base", "tuned"):
-        rows, scores = read_jsonl(drawn_run / "generations" / f"{which}.jsonl"), found[which]
+        rows, scores = read_jsonl(run / "generations" / f"{which}.jsonl"), found[which]
         cut = [row for row in rows if row["stop_reason"] == "length"]
         assert [row["forced"] in ("yes", "no", "maybe") for row in cut] == [True] * len(cut) and not any("forced" in row for row in rows if row not in cut)
         right = sum(row["forced"] == row["gold"] for row in cut)
@@ -111,7 +116,8 @@ def test_forced_answers_are_told_apart_and_graded_nowhere(drawn_run):
         assert all(row["decision"] is None for row in cut) and scores["unparseable"] >= len(cut)
     assert found["base"]["forced"] or found["tuned"]["forced"]
     for name in ("report.md", "report.html"):
-        assert "Answers that were cut off" in (drawn_run / name).read_text(encoding="utf-8")
+        assert "Answers that were cut off" in (run / name).read_text(encoding="utf-8")
+    assert verify(run).ok
 
 
 def test_worked_examples_that_leave_no_room_are_found_before_training(drawn_run, tmp_path):
