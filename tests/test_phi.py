@@ -81,10 +81,10 @@ def by_hand(file):
     return sections
 
 
-# These hold what has been reached. Only `final` was never mended for; the notebook gives what each section first measured. `wrong`: spans that touch no name, brands and places among them
+# These hold what has been reached. Only `final` and `newest` were never mended for; the notebook gives what each section first measured. `wrong`: spans that touch no name, brands and places among them
 @pytest.mark.parametrize("file, section, names, least, wrong", [
     ("phi_names.txt", "seen", 45, 1, 0), ("phi_names.txt", "unseen", 45, 1, 0), ("phi_names.txt", "fresh", 34, 0.95, 0),
-    ("phi_messages.txt", "mended", 91, 0.98, 3), ("phi_messages.txt", "held", 85, 0.98, 2), ("phi_messages.txt", "last", 65, 0.98, 3), ("phi_messages.txt", "final", 48, 0.93, 0), ("phi_messages.txt", "nobody", 0, 1, 0)])
+    ("phi_messages.txt", "mended", 91, 0.98, 3), ("phi_messages.txt", "held", 85, 0.98, 2), ("phi_messages.txt", "last", 65, 0.98, 3), ("phi_messages.txt", "final", 48, 0.93, 0), ("phi_messages.txt", "newer", 56, 0.98, 0), ("phi_messages.txt", "newest", 38, 0.97, 1), ("phi_messages.txt", "nobody", 0, 1, 0)])
 def test_names_in_text_that_no_generator_made(file, section, names, least, wrong):
     found = total = false = 0
     for text, places in by_hand(file)[section]:

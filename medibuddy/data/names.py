@@ -33,7 +33,7 @@ def name_lists() -> dict[str, frozenset[str]]:  # "lower" (a name even without a
 NOT_NAMES = frozenset("""
 I Me My We Our You Your He She It Its They Them The A An This That These Those There Here Is Are Was Were Be Been Am Has Have Had Do Does Did Can Could Will Would Shall Should May Might Must
 Not No Yes And Or But If So As At By For From In Into Of On To With Without About After Before Since Until When Where Why How What Which Who Whom Whose While During Then Than Also Only Just Now Today Yesterday Tomorrow
-Please Thank Thanks Hello Hi Hey Dear Regards Sincerely Welcome Sorry Kindly Good Morning Evening Afternoon Night Sir Madam Maam Mam Doctor Doctors Doc Dr Mr Mrs Ms Miss Prof Nurse Sister Patient Patients Team Everyone All User Customer Friend Chat Health Care
+Please Thank Thanks Hello Hi Hey Dear Regards Sincerely Welcome Sorry Kindly Good Morning Evening Afternoon Night Sir Madam Maam Mam Doctor Doctors Doc Dr Drs Mr Mrs Ms Miss Prof Nurse Sister Patient Patients Team Everyone All User Customer Friend Chat Health Care
 Mom Mum Dad Mother Father Wife Husband Son Daughter Brother Baby Child Age Aged Male Female Man Woman Boy Girl Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April June July August September October November December
 Blood Pressure Sugar Heart Rate Pulse Pain Fever Cough Chest Head Back Left Right Upper Lower Acute Chronic Severe Mild Type Stage Grade Vitamin Tab Tablet Cap Syrup Injection Test Tests Scan Report Reports Result Results Normal Positive Negative Diagnosis Treatment History Medical Hospital Clinic Emergency
 ECG EKG MRI CT USG HIV TB BP ICU ER OPD ENT IVF Day Days Week Weeks Month Months Year Years Practitioner Physician Surgeon Specialist Ultrasound Biopsy Endoscopy Radiologist Google Internet Label Leaflet Website Hope Wish Take Let Any Some Many Much More Most Very Every Each Other Another Both Either Neither Because However Therefore Although Though Even Still Yet Again Ever Never Always Often
@@ -69,7 +69,7 @@ INITIALS = r"(?:[A-Z]\.\s?){1,3}"
 NAME = rf"(?:{INITIALS}|[A-Z]\s)?{RUN}(?:\s+[A-Z](?:\.[A-Z])?\b(?!['’.\w-])(?!\s+(?:am|was|have|had|can|do)))?"  # "K. V. Ramana", "Hemalatha R"
 SHOUT = rf"[{UPPER}]{{3,}}(?:[\s-]+(?:[A-Z]\.\s*)?[{UPPER}]{{3,}}){{0,3}}"
 QUIET = rf"[{LOWER}]{{2,}}(?:\s+[{LOWER}]{{3,}}){{0,2}}"
-TITLE = r"(?:(?:[Dd]r|DR|[Mm]rs?|MRS?|[Mm]s|MS|[Pp]rof|[Pp]rofessor|Shri|Sri|Smt|Miss|Master|Rev|Fr)\b\.?\s*)"
+TITLE = r"(?:(?:[Dd]rs?|DRS?|[Mm]rs?|MRS?|[Mm]s|MS|[Pp]rof|[Pp]rofessor|Shri|Sri|Smt|Miss|Master|Rev|Fr)\b\.?\s*)"
 TREATS = r"(?:\w+ologist|\w+iatrist|\w+(?:r|d)ician|\w*surgeon|physician|doctor|GP|nurse|specialist|consultant|dentist|pharmacist|(?:physio)?therapist|physio|chiropractor|midwife|carer|care ?giver|helper|nanny|maid)"
 KIN = rf"(?:(?:step-?)?(?:son|daughter|mother|father|dad|mom|mum|brother|sister)|son|daughter|wife|husband|mother|father|mom|mum|dad|brother|sister|sibling|uncle|aunt(?:ie|y)?|niece|nephew|cousin|friend|partner|baby|babies|twins?|triplets|girls?|boys?|kids?|child|children|infant|toddler|newborn|little (?:one|boy|girl)|grand(?:son|mother|father|daughter|ma|pa|child)|granny|(?:boy|girl)friend|fianc[eé]e?|spouse|hubby|bf|gf|ex|colleague|co-?worker|neighbou?r|(?:flat|room|house|class)?mate|pal|boss|teacher|pupil|student|client|resident|tenant|eldest|youngest|(?:mother|father|sister|brother|son|daughter)[- ]in[- ]law|{TREATS})"
 
@@ -86,10 +86,10 @@ def _rule(
 RELATIONS = "son daughter wife husband mother father mom mum dad brother sister uncle aunt auntie aunty niece nephew cousin friend partner baby twin twins girl girls boy boys kid kids child children infant toddler newborn one grandson grandmother grandfather granddaughter grandma grandpa granny boyfriend girlfriend fiance fiancé fiancee fiancée spouse hubby bf gf stepson stepdaughter stepmother stepfather stepdad stepmom ex colleague coworker neighbour neighbor flatmate roommate housemate classmate mate pal boss teacher pupil student client resident tenant eldest youngest law"
 TREATING = "doctor gp nurse specialist consultant dentist pharmacist physician surgeon neurosurgeon physio therapist physiotherapist chiropractor midwife carer caregiver helper nanny maid cardiologist neurologist dermatologist gynecologist gynaecologist urologist oncologist radiologist pathologist psychologist endocrinologist gastroenterologist nephrologist pulmonologist rheumatologist hematologist haematologist ophthalmologist psychiatrist paediatrician pediatrician obstetrician optician"
 RULES = [
-    _rule("sure", "dr mr mrs ms prof professor shri sri smt miss", rf"\b{TITLE}(?P<value>{NAME}|{SHOUT}|{QUIET})"),
-    _rule("likely", "doctor nurse madam mam sister matron midwife granny grandma grandpa granddad uncle aunt auntie aunty", rf"\b(?:[Dd]octor|Nurse|Madam|[Mm]am|Sister|Matron|Midwife|[Gg]rand(?:ma|pa|dad)|[Gg]ranny|Uncle|[Aa]unt(?:ie|y)?)\s+(?P<value>{NAME})"),
+    _rule("sure", "dr drs mr mrs ms prof professor shri sri smt miss", rf"\b{TITLE}(?P<value>{NAME}|{SHOUT}|{QUIET})"),
+    _rule("likely", "doctor nurse madam mam sister matron midwife granny grandma grandpa granddad uncle aunt auntie aunty", rf"\b(?:[Dd]octor|[Nn]urse|Madam|[Mm]am|Sister|Matron|Midwife|[Gg]rand(?:ma|pa|dad)|[Gg]ranny|Uncle|[Aa]unt(?:ie|y)?)\s+(?P<value>{NAME})"),
     _rule("named", "name names", rf"\b(?:[Nn]ame(?:['’]?s| of (?:the )?patient)?|NAME)\s*(?:\bis\b|\bwas\b|[:=–-])\s*{TITLE}?(?P<value>{NAME}|{SHOUT}|{QUIET})"),
-    _rule("sure", "names", rf"\b[Mm]y names\s+(?P<value>{NAME}|{QUIET})"),
+    _rule("sure", "name names", rf"\b[Mm]y name['’]?s\s+(?P<value>{NAME}|{QUIET})"),
     _rule("sure", "called named", rf"\b(?:am|is|are|was|son|daughter|friend|man|woman|boy|girl|twins?|doctor|nurse|someone|lady|guy|colleague|baby|kid|child|brother|sister)\s+(?:called|named)\s+(?P<value>{NAME}|{QUIET})"),
     _rule("likely", "call calls called goes known", rf"\b(?:[Cc]all(?:s|ed)? (?:him|her|me)|(?:we|I|they|everyone) calls?|[Gg]oes by|(?:he|she|who) is known as)\s+(?P<value>{NAME})"),
     _rule("sure", "regards sincerely signed yours cheers best wishes love respectfully thanks thank", rf"\b(?:[Rr]egards|[Ss]incerely|[Ss]igned(?: by)?|[Yy]ours(?: truly| faithfully| sincerely)?|[Rr]espectfully|[Cc]heers(?=,)|[Bb]est(?: wishes)?(?=,)|[Ll]ove(?=,))[,.:;]?(?:\s*[-–])?\s+{TITLE}?(?P<value>{NAME}|{SHOUT}|{QUIET}\s*\Z)"),
@@ -133,7 +133,7 @@ RULES = [
 ]
 
 # %% ../../nbs/api/12c_names.ipynb #3b4a476a
-AGE = r",?\s+aged?\s*:?\s*\d{1,3}\b|,\s*\d{1,2},?\s+(?:years?|yrs?|male|female|man|woman|boy|girl|diabetic|smoker|needs?|asks?|wants|who|has|had|and (?:I|my))\b|,?\s+\d{1,2}\s?(?:/\s?[MmFf]|y/?o|yrs?|[MF])\b|\s+\(\d{1,3}\s*(?:weeks|years|months|yrs|mths|[MFmf]|y/?o)\b"
+AGE = r",?\s+aged?\s*:?\s*\d{1,3}\b|,\s*\d{1,2},?\s+(?:years?|yrs?|male|female|man|woman|boy|girl|diabetic|smoker|needs?|asks?|wants|who|has|had|and (?:I|my))\b|,?\s+\d{1,2}\s?(?:(?:[Yy](?:rs?)?\s?)?/\s?[MmFf]|y/?o|yrs?|[MF])\b|\s+\(\d{1,3}\s*(?:weeks|years|months|yrs|mths|[MFmf]|y/?o)\b"
 FOLLOWED = re.compile(rf"\s+\((?:my|our|his|her)\s+(?:\w+\s)?{KIN}\b|,\s+(?:my|our)\s+(?:\w+\s){{0,2}}{KIN}(?=\s*[,.;)]|\s*\Z)|(?:{AGE})|\s+(?:here|this side)\b(?=[,.!]|\s+(?:again|with|and))|\s+aunt(?:y|ie)?\b|\s+and (?:me|s?he)\b|\s+and I (?:are|were|both|have|had been|tested|tried|want|plan|share|live)\b|\s+again about\b|\s+is (?:my|our)\s+(?:[\w-]+\s+){{0,4}}{KIN}\b|\s+is \d+ (?:and (?:has had|takes|weighs|wets|lives|still|s?he)|(?:years?|yrs|months|mths)\s+old)\b")
 OWNS = re.compile(rf"['’]s\s+(?:{PEOPLE_HAVE}|{KIN}|parents|family)\b")
 SAID = re.compile(r"\s+(?:says|said|thinks|told (?:me|us|him|her)|asked (?:me|us|for|if|whether)|wants|drinks|eats|sleeps|weighs|weighed|sits|walks|talks|feels|woke|wakes|phoned|rang|cries|refuses|snores|complains|lent|coughs|vomits|vomited|fell|fainted|swallowed|gave me|needs (?:counsel|to see)|is (?:able to|allowed|scared|depressed|crying|allergic|conscious|unconscious|breathing|refusing|on the)|was (?:born|bitten|diagnosed|admitted)|has (?:been (?:diagnosed|vomiting|crying|coughing)|never|always)|had (?:RSV|measles|mumps|chicken|a stroke|a heart|an operation|surgery))\b")
@@ -148,14 +148,16 @@ SIGNATURE = re.compile(rf"(?:[.!?]\s+|\n\s*|\s[-–]\s*)(?:From\s+)?(?P<value>(?
 SIGNED = re.compile(rf"(?:\b(?:[Tt]hanks?(?: you)?(?: in advance)?|[Rr]egards|[Ss]incerely|[Yy]ours|[Cc]heers|[Ll]ove|wishes|(?:reply|response|answer|soon|help|advice|advance|earliest|you))[,.!]*\s*(?:[-–]\s*)?|\n\s*[-–~]?\s*|\A\s*[-–]\s*|[.!?]\s+[-–]\s*){TITLE}?(?P<value>{NAME})(?:,\s*[^.\n]{{2,30}})?\s*[.!]?\s*\Z")
 ENDS = re.compile(r"\s*(?:,|\.|\Z)|\s+(?:from|frm|here|aged?|i am|i'm|im|\d{1,2})\b")
 THANKED = re.compile(rf"\b[Tt]hank(?:s| you)\b[^.!?\n]{{0,40}}[.!,]\s+(?P<value>{NAME})\s*[.!]?\s*\Z")
-QUIET_SIGNED = re.compile(rf"\b(?:[Tt]hanks?(?: you)?|[Rr]egards|[Ss]incerely|[Yy]ours|[Cc]heers|[Ll]ove)[,.!]*\s+(?:and regards\s+)?(?:[-–]\s*)?(?P<value>{QUIET})\s*[.!]?\s*\Z")
+QUIET_SIGNED = re.compile(rf"\b(?:[Tt]hanks?(?: you)?|[Rr]egards|[Ss]incerely|[Yy]ours|[Cc]heers|[Ll]ove)(?:\s+(?:doc|doctor|dr|sir|madam))?[,.!]*\s+(?:and regards\s+)?(?:[-–]\s*)?(?P<value>{QUIET})\s*[.!]?\s*\Z")
 SPOKEN_TO = re.compile(rf"\s*(?P<value>{NAME})(?=,\s+(?:you|your|do|don['’]t|please|it|there)\b)")
-SHOUTED = re.compile(rf"(?:\A|(?<=[.!?:\n]))\s*(?P<value>[{UPPER}]{{2,}}(?:[\s-](?:[A-Z]\.\s*)?[{UPPER}]{{2,}}){{1,3}})(?={AGE}|\s+AGE\b)")
+SHOUTED = re.compile(rf"(?:\A|(?<=[.!?:\n\"“(]))\s*(?P<value>[{UPPER}]{{2,}}(?:[\s-](?:[A-Z]\.\s*)?[{UPPER}]{{2,}}){{1,3}})(?={AGE}|\s+AGE\b)")
 WHISPERED = re.compile(r"\A\s*(?:hi+|hello|hey)\b[ \w]{0,8},?\s+(?:(?P<value>[a-z]{3,12})(?=\s+here\b)|(?:it['’]?s|this is)\s+(?P<other>(?!urgent|important|about|regarding|been|very|really|just|for|the|not)[a-z]{3,12})(?=,))", re.IGNORECASE)
 LETTER_END = 160  # characters in which a letter is signed
 CAPITALS = re.compile(r"[A-Z]{3}")
 BARE = re.compile(rf"(?<![\w-])(?:{INITIALS}{WORD}|{NAME})")
 AND_MORE = re.compile(rf",?\s+(?:and|&)\s+(?:little\s+)?(?P<value>{NAME})")
+DOSED = re.compile(r"\b(?:on|tab|tablet|cap)\s+\Z", re.IGNORECASE), re.compile(r"\s+\d")  # "on Telma 40"
+NAMED_TOGETHER = re.compile(r"Epstein[\s-]+Barr\b|Guillain[\s-]+Barr|Lewy[\s-]+Bod|Rocky[\s-]+Mountain|Coxsackie")  # viruses and diseases whose last word is a name too
 PLACED = re.compile(r"\b(?:in|at|near|from)\s+\Z")
 
 # %% ../../nbs/api/12c_names.ipynb #e888af0c
@@ -236,7 +238,7 @@ def names(
     text: str,  # any text
 ) -> Iterator[tuple[int, int]]:  # offsets; they may overlap
     "Where a text names people"
-    runs = [match for match in BARE.finditer(text) if match.group() not in NOT_NAMES]
+    runs = [match for match in BARE.finditer(text) if match.group() not in NOT_NAMES and not NAMED_TOGETHER.search(match.group())]
     words = set(re.findall(r"[^\W\d_]+", text.lower()))
     words |= {mark for mark, there in (("(", "(" in text), ("SHOUTED", CAPITALS.search(text))) if there}
     # People Who Write Like This give no sign by a capital
@@ -305,6 +307,8 @@ def _by_word(
             continue
         if "." not in match.group() and possible.isdisjoint(match.group().split()):
             continue  # most capitalised words
+        if DOSED[0].search(text, max(0, match.start() - 8), match.start()) and DOSED[1].match(text, match.end()):
+            continue
         for start in [match.start() + word.start() for word in re.finditer(r"(?<!\S)\S", match.group())][:4]:
             if span := _trim(text, start, match.end(), "bare"):
                 yield span
