@@ -86,6 +86,7 @@ class Backend:
     keep_memory: bool = False  # glibc keeps freed memory (the fused kernels set this themselves)
     unsloth: bool = False
     recompute: bool = False  # every layer recomputes its activations, as TRL's default has it
+    give_back: bool = False  # freed memory goes back to the system, as glibc has it by default: slower, and smaller by what lies about unused
     graph: int = 0  # the step is captured in CUDA graphs for batches filled up to multiples of so many tokens; 0 is without
     only: tuple[str, ...] = ()  # workloads it makes sense for; empty for all
     device: str = "any"  # "cpu" or "cuda" for a backend that makes sense on one of them only
@@ -98,7 +99,7 @@ BACKENDS = {
     "medibuddy-grouped": Backend("fused kernels, rows grouped by length", "grouped", reference="peft-best", fused=True),
     "peft-best": Backend("grouped by length, no checkpointing, freed memory kept", "grouped", keep_memory=True),
     "peft-best-bf16": Backend("the same under bf16 autocast", "grouped", reference="peft-best", tolerance=1e-2, keep_memory=True, half=True, device="cpu"),
-    "medibuddy-recompute": Backend("fused kernels, every layer recomputed: the memory of `peft`", "shuffled", reference="peft", fused=True, recompute=True, only=("tiny", "30m")),
+    "medibuddy-recompute": Backend("fused kernels, every layer recomputed as `peft` does, freed memory given back", "shuffled", reference="peft", fused=True, recompute=True, give_back=True, only=("tiny", "30m")),
     "medibuddy-graph": Backend("fused kernels, steps captured in CUDA graphs", "grouped", reference="peft-best", fused=True, graph=1024, only=("qwen-0.5b",), device="cuda"),
     "unsloth": Backend("FastLanguageModel as its notebooks ship", "shuffled", reference="peft", tolerance=2e-2, checkpointing=True, unsloth=True, device="cuda"),
     "unsloth-best": Backend("FastLanguageModel, grouped, no checkpointing", "grouped", reference="peft-best", tolerance=2e-2, unsloth=True, device="cuda"),
@@ -292,6 +293,10 @@ def fuse(model, workload: Workload, backend: Backend, device: str) -> str:
         layers = every if backend.recompute else recomputed_layers(workload, workload.memory_cap or torch.cuda.get_device_properties(0).total_memory)
         recompute_layers(model, layers)
         report += f"\n{layers} layers recomputed"
+    if backend.give_back:
+        from medibuddy.kernels.allocator import keep_freed_memory
+
+        keep_freed_memory(False)
     if backend.graph:
         from medibuddy.kernels.graph import capture_steps
 
