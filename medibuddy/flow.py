@@ -23,10 +23,10 @@ from .data.example import Example, labels_of
 from .data.gather import data_digests, data_sha256
 from .data.prepare import prepare_rows
 from .hardware import Hardware, describe_environment, detect_hardware, resolve_precision
-from .models.loaders import add_lora, check_machine, check_model, count_parameters, import_backend, load_adapter, load_base, load_tokenizer, model_sha256, train_all
+from .models.loaders import add_lora, check_machine, check_model, check_schedule, count_parameters, import_backend, load_adapter, load_base, load_tokenizer, model_sha256, train_all
 from .recipe import Recipe, differences, require
 from .run import Run, RunError, UsageError, check_inputs, locked, open_run, read_json, read_jsonl, sha256_text, stage, stage_key, to_json, write_atomic, write_json, write_jsonl
-from .training.launch import Launch, check_launch, run_workers
+from .training.launch import Launch, check_launch, launched, run_workers, share_batch
 from .training.tracking import check_tracking
 
 # %% ../nbs/api/80_flow.ipynb #e87c6f13
@@ -138,6 +138,8 @@ def check_recipe(
     hardware = detect_hardware()
     check_machine(recipe, hardware)
     check_tracking(recipe.track)
+    import_backend(recipe.model.backend)  # looking at the model's configuration imports Transformers, which Unsloth must come before
+    check_schedule(recipe.train)
     check_model(recipe)
     return hardware
 
@@ -150,6 +152,7 @@ def announce(
     tokenizer: Any,
 ) -> None:
     "Say on standard error what is about to be trained, on what, and what one row looks like"
+    from medibuddy.models.memory import plan
     from medibuddy.training.sft import planned_steps, preview_row
 
     trainable, total = count_parameters(model)
@@ -158,11 +161,15 @@ def announce(
     print(preview_row(rows[0], tokenizer), file=sys.stderr)
     print(f"recipe {recipe.name}: {len(rows):,} rows, {how} through the {model_settings.backend} backend{f', {model_settings.quantization} base' if model_settings.quantization else ''}, {trainable:,} of {total:,} parameters train", file=sys.stderr)
     print(f"{planned_steps(recipe, len(rows)):,} steps of {train_settings.batch_size} x {train_settings.gradient_accumulation} rows, {train_settings.optimizer}, learning rate {train_settings.learning_rate:g} ({train_settings.scheduler})", file=sys.stderr)
+    launch = launched()
+    if launch:
+        size, passes = share_batch(train_settings.batch_size, train_settings.gradient_accumulation, launch.world)
+        print(f"--launch {launch.kind}: {launch.world} processes with {size} x {passes} rows each, so a step still sees {size * passes * launch.world} rows", file=sys.stderr)
     print(f"on {hardware.name} ({hardware.cpu_count} processors): {dtype[0]}. {dtype[1]}", file=sys.stderr)
-    if hardware.device == "cuda":
-        from medibuddy.models.memory import plan
-
-        print(f"memory, predicted:\n{plan(recipe, int(hardware.memory_gb * 1e9))}", file=sys.stderr)
+    try:
+        print(f"memory, predicted:\n{plan(recipe, int(hardware.memory_gb * 1e9), device=hardware.device)}", file=sys.stderr)
+    except RunError as error:  # a training is not stopped for want of a forecast
+        print(f"note: {error}", file=sys.stderr)
 
 # %% ../nbs/api/80_flow.ipynb #5db8c616
 def load_for_training(

@@ -133,6 +133,24 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, tokenizer, rows):
     assert not list((tmp_path / "checkpoints").glob("checkpoint-*")) and not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
+def test_a_checkpoint_that_the_disk_changed_never_gets_its_name(tmp_path, tokenizer, rows, monkeypatch, name):
+    real = sft.Trainer._save_checkpoint
+
+    def on_a_bad_disk(self, model, trial):
+        real(self, model, trial)
+        if self.state.global_step == 4:
+            file = self.staging / "checkpoint-4" / name
+            content = bytearray(file.read_bytes())
+            content[len(content) * 3 // 4] ^= 1
+            file.write_bytes(content)
+
+    monkeypatch.setattr(sft.Trainer, "_save_checkpoint", on_a_bad_disk)
+    with pytest.raises(RunError, match=f"{name}: what is on the disk"):
+        train(tmp_path, tokenizer, rows)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"] and not (tmp_path / "adapter").exists()
+
+
 @pytest.mark.parametrize("part, spoil", {
     "lora": lambda model: [setattr(p, "data", p.data.bfloat16()) for p in model.parameters() if p.requires_grad],
     "base": lambda model: [setattr(p, "data", p.data.half()) for n, p in model.named_parameters() if "embed_tokens" in n],

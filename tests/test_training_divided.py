@@ -18,7 +18,7 @@ from medibuddy.recipe import Recipe
 from medibuddy.run import RunError, read_json, sha256_file
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-KINDS = [pytest.param("fsdp"), *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero2", "zero3"))]
+KINDS = [pytest.param("fsdp"), *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero2", "zero2-offload", "zero3", "zero3-offload"))]
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ def expected_dtypes(
     full = recipe.model.full_finetuning
     return {
         "base": "float32" if full else stored, "lora": "none" if full else "float32", "activations": dtype,
-        "optimizer": "uint8" if "8bit" in recipe.train.optimizer else "none" if recipe.train.optimizer == "sgd" else "float32",
+        "optimizer": "uint8" if recipe.train.optimizer.endswith(("8bit", "4bit")) else "none" if recipe.train.optimizer == "sgd" else "float32",
     }
 
 # %% ../../nbs/api/30a_precision.ipynb #9f088754
@@ -65,7 +65,8 @@ def optimizer_dtype(
     optimizer: Any,  # a torch optimizer after its first step
 ) -> str:  # "uint8" when any state is 8-bit, else the float formats
     "Read the number format of an optimizer's state"
-    found = {dtype_name(value.dtype) for state in optimizer.state.values() for key, value in state.items() if torch.is_tensor(value) and value.numel() > 1 and "qmap" not in key and "absmax" not in key}
+    # torchao's packed tensors call themselves float32; what they hold is in their `codes`
+    found = {dtype_name(getattr(value, "codes", value).dtype) for state in optimizer.state.values() for key, value in state.items() if torch.is_tensor(value) and value.numel() > 1 and "qmap" not in key and "absmax" not in key}
     return "uint8" if "uint8" in found else join_names(found)
 
 # %% ../../nbs/api/30a_precision.ipynb #16d312fa
