@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'CLAIM', 'claim_run', 'reopen_run', 'source_sha256', 'do_prepare', 'prepare', 'read_split',
-           'show_training_rows', 'check_recipe', 'announce', 'load_for_training', 'train_here', 'do_train',
-           'training_rows', 'train', 'validation_loss', 'locked_run', 'encode_questions', 'task_labels',
+           'show_training_rows', 'check_recipe', 'announce', 'check_validation', 'load_for_training', 'train_here',
+           'do_train', 'training_rows', 'train', 'validation_loss', 'locked_run', 'encode_questions', 'task_labels',
            'guard_prompts', 'add_likelihoods', 'answer_general', 'do_generate', 'do_score', 'evaluate', 'compare',
            'report', 'demo']
 
@@ -171,6 +171,19 @@ def announce(
     except RunError as error:  # a training is not stopped for want of a forecast
         print(f"note: {error}", file=sys.stderr)
 
+# %% ../nbs/api/80_flow.ipynb #19075807
+def check_validation(
+    recipe: Recipe,
+    rows: int,  # validation rows
+) -> None:
+    "Refuse a training that waits for validation losses where there are no rows to take them on; raises `UsageError`"
+    train = recipe.train
+    waiting = {"train.early_stopping": train.early_stopping is not None, "train.keep_best": train.keep_best, "train.scheduler": train.scheduler in ("reduce_lr_on_plateau", "greedy")}
+    for key, waits in waiting.items():
+        require(rows or not waits, key, getattr(train, key.partition(".")[2]), "it goes by the loss on validation rows, and the split left none. Raise `data.validation_fraction`, or give more rows.")
+    if not rows:
+        print("note: the split left no rows to validate on (`data.validation_fraction`), so the only loss is that of the training rows.", file=sys.stderr)
+
 # %% ../nbs/api/80_flow.ipynb #5db8c616
 def load_for_training(
     recipe: Recipe,
@@ -198,6 +211,7 @@ def train_here(
     from medibuddy.training.sft import train_adapter
 
     tokenizer, (train_rows, validation_rows) = training_rows(run, recipe)
+    check_validation(recipe, len(validation_rows))
     model = load_for_training(recipe, hardware)
     announce(recipe, hardware, model, train_rows, tokenizer)
     facts = train_adapter(recipe, model, tokenizer, train_rows, validation_rows, run.path, key, resume, resolve_precision(recipe.model.precision, hardware)[0])

@@ -206,7 +206,7 @@ UNUSABLE_OPTIMIZERS = {  # known to the Trainer, but -> why not
     **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"), NO_TENSORS),
 }
 
-
+# %% ../nbs/api/00_recipe.ipynb #847e86a7
 @dataclass(frozen=True)
 class TrainConfig:
     "How the adapter is trained"

@@ -192,6 +192,7 @@ def test_unsloth_trains_as_peft_does_and_they_exchange_adapters(tmp_path, small_
     seen = json.loads((tmp_path / "unsloth" / "seen.json").read_text())
     # with fp32 weights, dropout or biases these counts would be 0 and nothing else would tell
     assert "2 QKV layers, 2 O layers and 2 MLP layers" in " ".join([*seen["said"], done.stdout, done.stderr])
+    assert "memory, predicted:" in done.stderr and "fits: " in done.stderr
     assert seen["facts"]["dtypes"] == {"base": "float16", "lora": "float32", "activations": "float16", "optimizer": "float32"}
 
     sft.train_adapter(recipe, model, tokenizer, rows, rows[:2], tmp_path / "peft", "key")

@@ -248,6 +248,12 @@ def test_eval_only_trains_nothing_and_agrees_with_the_log(call, rows_file, tmp_p
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
+def test_what_waits_for_validation_losses_is_refused_without_validation_rows(call, rows_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("medibuddy.flow.load_for_training", lambda *a: pytest.fail("loaded"))
+    status, _, err = call("train", "--data", rows_file, "--shape", "pubmedqa", "--run", tmp_path / "run", "--set", "test_fraction=0.3", "--set", "early_stopping=2")  # these few rows leave none
+    assert status == 2 and "`train.early_stopping` is 2" in err and "Raise `data.validation_fraction`" in err, err
+
+
 def test_what_is_trained_is_shown_before_the_first_step(call, rows_file, tmp_path):
     status, _, err = call("train", "--data", rows_file, "--shape", "pubmedqa", "--run", tmp_path / "run", "--set", "max_steps=1", "--set", "test_fraction=0.3")
     assert status == 0, err

@@ -125,8 +125,9 @@ def test_two_machines_of_one_process_each(rows, straight, tmp_path):
     (["--launch", "fsdp", "--set", "backend=peft", "--set", "quantization=4bit"], "packed ones cannot be"),
     (["--launch", "ddp", "--nodes", "2"], "--nodes needs --main-address"),
     (["--processes", "2"], "Add --launch ddp"),
+    (["--launch", "zero2", "--set", "optimizer=schedule_free_adamw", "--set", "scheduler=constant"], "train.optimizer=adamw_torch"),
     (["--launch", "zero3", "--set", "backend=peft"], "pip install deepspeed"),
-], ids=["rows", "kind", "kernels", "packed", "address", "alone", "deepspeed"])
+], ids=["rows", "kind", "kernels", "packed", "address", "alone", "optimizer", "deepspeed"])
 def test_what_cannot_be_spread_is_refused_before_anything_is_written(call, tmp_path, monkeypatch, options, message):
     monkeypatch.setattr("medibuddy.training.launch.find_spec", lambda name: None)
     status, _, err = call("train", "--run", tmp_path / "run", *options)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import medibuddy
-from ..recipe import Recipe, nearest, require
+from ..recipe import OPTIMIZER_PACKAGES, Recipe, nearest, require
 from ..run import RunError, UsageError, read_json, write_json
 
 # %% ../../nbs/api/33_launch.ipynb #ca6bcc1c
@@ -88,6 +88,8 @@ def check_launch(
     require(model.backend != "unsloth" or launch.world == 1, "model.backend", "unsloth", f"Unsloth trains in one process; --launch {launch.kind} needs `model.backend=medibuddy` or `model.backend=peft`.")
     require(model.backend == "peft" or not divided, "model.backend", model.backend, f"--launch {launch.kind} divides the base weights, which the fused kernels read whole. Use `model.backend=peft`, or --launch ddp.")
     require(model.quantization is None or not divided, "model.quantization", model.quantization, f"--launch {launch.kind} divides the base weights, and packed ones cannot be. Use `model.quantization=null`, or --launch ddp.")
+    alone = launch.kind != "ddp" and OPTIMIZER_PACKAGES.get(recipe.train.optimizer, "bitsandbytes") != "bitsandbytes"
+    require(not alone, "train.optimizer", recipe.train.optimizer, f"--launch {launch.kind} puts its own optimizer around it, under which it does not do what it should. Use `train.optimizer=adamw_torch`, or --launch ddp.")
     if "zero" in launch.kind and find_spec("deepspeed") is None:
         raise UsageError(f"--launch {launch.kind} needs DeepSpeed, which is not installed here: pip install deepspeed. Or use --launch fsdp, which divides the same and needs nothing more.")
 
