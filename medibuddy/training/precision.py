@@ -18,12 +18,14 @@ from ..run import RunError
 def expected_dtypes(
     recipe: Recipe,
     dtype: str,  # "float32", "float16" or "bfloat16": of the whole base weights and the activations
+    kind: str | None = None,  # how several processes train; None for one process
 ) -> dict[str, str]:  # base, lora (or none), activations, optimizer
     "The number formats that a recipe means"
+    trained = dtype if (kind or "").startswith("zero") else "float32"  # DeepSpeed trains a half-precision copy, and keeps the fp32 weights in its optimizer
     stored = {"4bit": f"nf4 with {dtype}", "8bit": f"int8 with {dtype}", None: dtype}[recipe.model.quantization]
     full = recipe.model.full_finetuning
     return {
-        "base": "float32" if full else stored, "lora": "none" if full else "float32", "activations": dtype,
+        "base": trained if full else stored, "lora": "none" if full else trained, "activations": dtype,
         "optimizer": "uint8" if recipe.train.optimizer.endswith(("8bit", "4bit")) else "none" if recipe.train.optimizer == "sgd" else "float32",
     }
 

@@ -526,7 +526,7 @@ def train_adapter(
         trainer = build_trainer(recipe, model, tokenizer, train_rows, validation_rows, folder, key, dtype)
         steps = planned_steps(recipe, len(train_rows))
         monitor = Monitor(run_dir / "log.jsonl" if is_main() else None, steps, kept, max_skipped_steps=train.max_skipped_steps)
-        callback, precision = MonitorCallback(monitor, train.early_stopping), PrecisionCallback(expected_dtypes(recipe, dtype))
+        callback, precision = MonitorCallback(monitor, train.early_stopping), PrecisionCallback(expected_dtypes(recipe, dtype, launched() and launched().kind))
         callback.trainer = trainer
         if keep_best:
             trainer.best_step = lambda: best_evaluation(monitor.evaluations, train.checkpoint_every, steps)
