@@ -1,6 +1,6 @@
 """Killed at random moments with an 8-bit optimizer, on a 4-bit base, in one process and in two: the losses and the adapter of an undisturbed training, bit for bit.
 
-bitsandbytes is not in the lock: `pip install bitsandbytes && pytest tests/test_resume_quantised.py` (about four minutes on two cores).
+bitsandbytes is not in the lock: `pip install bitsandbytes && pytest tests/test_resume_quantised.py` (about a quarter of an hour on two cores).
 """
 
 import json
