@@ -273,7 +273,7 @@ def train_command(
     restart: Annotated[bool, typer.Option("--restart", help="Train from the beginning instead of continuing.")] = False,
     eval_only: Annotated[bool, typer.Option("--eval-only", help="Take the loss on the validation rows and train nothing.")] = False,
     launch: Annotated[str | None, typer.Option("--launch", metavar="KIND", help="Train in several processes: ddp, zero2, zero3 or fsdp; zero and fsdp with -offload for the host's memory.")] = None,
-    processes: Annotated[int, typer.Option("--processes", help="With --launch: processes on this machine, one for each GPU.")] = 2,
+    processes: Annotated[int | None, typer.Option("--processes", help="With --launch: processes on this machine, one for each GPU; 2 otherwise.")] = None,
     nodes: Annotated[int, typer.Option("--nodes", help="With --launch: machines.")] = 1,
     node_rank: Annotated[int, typer.Option("--node-rank", help="With --nodes: this machine's number, from 0.")] = 0,
     main_address: Annotated[str, typer.Option("--main-address", help="With --nodes: machine 0, as the others reach it.")] = "127.0.0.1",
@@ -282,14 +282,17 @@ def train_command(
 ) -> None:
     "Prepare the rows and train a LoRA adapter; the same command continues an interrupted training."
     from medibuddy import flow
+    from medibuddy.run import UsageError
     from medibuddy.training.launch import Launch
 
+    if launch is None and (processes is not None or nodes != 1 or node_rank):
+        raise UsageError("--processes, --nodes and --node-rank say how a launched training spreads, and without --launch there is one process. Add --launch ddp (or zero2, zero3, fsdp), or leave them out.")
     if eval_only:
         losses = flow.validation_loss(load_recipe(recipe, data, shape, drop_leaks, settings, hub, columns, benchmarks), run)
         tuned = "no adapter yet" if losses["tuned"] is None else f"tuned {losses['tuned']:.4f}"
         show(losses, f"loss on {losses['rows']} validation rows: base {losses['base']:.4f}, {tuned}.", as_json)
         return
-    facts = flow.train(load_recipe(recipe, data, shape, drop_leaks, settings, hub, columns, benchmarks), run, resume=not restart, launch=Launch(launch, processes, nodes, node_rank, main_address, main_port) if launch else None)
+    facts = flow.train(load_recipe(recipe, data, shape, drop_leaks, settings, hub, columns, benchmarks), run, resume=not restart, launch=Launch(launch, 2 if processes is None else processes, nodes, node_rank, main_address, main_port) if launch else None)
     if not facts:
         show(facts, f"machine {node_rank} is done; the adapter and its facts are with machine 0.", as_json)
         return

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'CLAIM', 'claim_run', 'reopen_run', 'source_sha256', 'do_prepare', 'prepare', 'read_split',
-           'show_training_rows', 'check_recipe', 'announce', 'load_for_training', 'train_here', 'do_train',
-           'training_rows', 'train', 'validation_loss', 'locked_run', 'encode_questions', 'task_labels',
+           'show_training_rows', 'check_recipe', 'announce', 'check_validation', 'load_for_training', 'train_here',
+           'do_train', 'training_rows', 'train', 'validation_loss', 'locked_run', 'encode_questions', 'task_labels',
            'guard_prompts', 'add_likelihoods', 'answer_general', 'do_generate', 'do_score', 'evaluate', 'compare',
            'report', 'demo']
 
@@ -23,10 +23,10 @@ from .data.example import Example, labels_of
 from .data.gather import data_digests, data_sha256
 from .data.prepare import prepare_rows
 from .hardware import Hardware, describe_environment, detect_hardware, resolve_precision
-from .models.loaders import add_lora, check_machine, check_model, count_parameters, import_backend, load_adapter, load_base, load_tokenizer, model_sha256, train_all
+from .models.loaders import add_lora, check_machine, check_model, check_schedule, count_parameters, import_backend, load_adapter, load_base, load_tokenizer, model_sha256, train_all
 from .recipe import Recipe, differences, require
 from .run import Run, RunError, UsageError, check_inputs, locked, open_run, read_json, read_jsonl, sha256_text, stage, stage_key, to_json, write_atomic, write_json, write_jsonl
-from .training.launch import Launch, check_launch, run_workers
+from .training.launch import Launch, check_launch, launched, run_workers, share_batch
 from .training.tracking import check_tracking
 
 # %% ../nbs/api/80_flow.ipynb #e87c6f13
@@ -138,6 +138,8 @@ def check_recipe(
     hardware = detect_hardware()
     check_machine(recipe, hardware)
     check_tracking(recipe.track)
+    import_backend(recipe.model.backend)  # looking at the model's configuration imports Transformers, which Unsloth must come before
+    check_schedule(recipe.train)
     check_model(recipe)
     return hardware
 
@@ -150,6 +152,7 @@ def announce(
     tokenizer: Any,
 ) -> None:
     "Say on standard error what is about to be trained, on what, and what one row looks like"
+    from medibuddy.models.memory import plan
     from medibuddy.training.sft import planned_steps, preview_row
 
     trainable, total = count_parameters(model)
@@ -158,11 +161,28 @@ def announce(
     print(preview_row(rows[0], tokenizer), file=sys.stderr)
     print(f"recipe {recipe.name}: {len(rows):,} rows, {how} through the {model_settings.backend} backend{f', {model_settings.quantization} base' if model_settings.quantization else ''}, {trainable:,} of {total:,} parameters train", file=sys.stderr)
     print(f"{planned_steps(recipe, len(rows)):,} steps of {train_settings.batch_size} x {train_settings.gradient_accumulation} rows, {train_settings.optimizer}, learning rate {train_settings.learning_rate:g} ({train_settings.scheduler})", file=sys.stderr)
+    launch = launched()
+    if launch:
+        size, passes = share_batch(train_settings.batch_size, train_settings.gradient_accumulation, launch.world)
+        print(f"--launch {launch.kind}: {launch.world} processes with {size} x {passes} rows each, so a step still sees {size * passes * launch.world} rows", file=sys.stderr)
     print(f"on {hardware.name} ({hardware.cpu_count} processors): {dtype[0]}. {dtype[1]}", file=sys.stderr)
-    if hardware.device == "cuda":
-        from medibuddy.models.memory import plan
+    try:
+        print(f"memory, predicted:\n{plan(recipe, int(hardware.memory_gb * 1e9), device=hardware.device)}", file=sys.stderr)
+    except RunError as error:  # a training is not stopped for want of a forecast
+        print(f"note: {error}", file=sys.stderr)
 
-        print(f"memory, predicted:\n{plan(recipe, int(hardware.memory_gb * 1e9))}", file=sys.stderr)
+# %% ../nbs/api/80_flow.ipynb #19075807
+def check_validation(
+    recipe: Recipe,
+    rows: int,  # validation rows
+) -> None:
+    "Refuse a training that waits for validation losses where there are no rows to take them on; raises `UsageError`"
+    train = recipe.train
+    waiting = {"train.early_stopping": train.early_stopping is not None, "train.keep_best": train.keep_best, "train.scheduler": train.scheduler in ("reduce_lr_on_plateau", "greedy")}
+    for key, waits in waiting.items():
+        require(rows or not waits, key, getattr(train, key.partition(".")[2]), "it goes by the loss on validation rows, and the split left none. Raise `data.validation_fraction`, or give more rows.")
+    if not rows:
+        print("note: the split left no rows to validate on (`data.validation_fraction`), so the only loss is that of the training rows.", file=sys.stderr)
 
 # %% ../nbs/api/80_flow.ipynb #5db8c616
 def load_for_training(
@@ -191,6 +211,7 @@ def train_here(
     from medibuddy.training.sft import train_adapter
 
     tokenizer, (train_rows, validation_rows) = training_rows(run, recipe)
+    check_validation(recipe, len(validation_rows))
     model = load_for_training(recipe, hardware)
     announce(recipe, hardware, model, train_rows, tokenizer)
     facts = train_adapter(recipe, model, tokenizer, train_rows, validation_rows, run.path, key, resume, resolve_precision(recipe.model.precision, hardware)[0])

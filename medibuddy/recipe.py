@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'BACKENDS', 'PRECISIONS', 'QUANTIZATIONS', 'PROJECTIONS', 'BIASES', 'INITIALISATIONS', 'SCRUB',
-           'SCHEDULERS', 'NEEDED_OPTIONS', 'BITSANDBYTES_OPTIMIZERS', 'OPTIMIZERS', 'TRACKERS', 'WANDB_MODES',
-           'SECTIONS', 'SECTION_OF', 'TRANSLATIONS', 'LEFT_OUT', 'nearest', 'require', 'ModelConfig', 'LoraConfig',
-           'SourceConfig', 'MixtureSource', 'DataConfig', 'TrainConfig', 'EvalConfig', 'TrackConfig', 'layer_numbers',
-           'convert_nested', 'convert_one', 'convert', 'check_combination', 'Recipe', 'build_section',
-           'recipe_from_dict', 'StrictLoader', 'read_recipe_file', 'translate', 'said_otherwise', 'find_recipe',
-           'apply_overrides', 'differences']
+           'SCHEDULERS', 'NEEDED_OPTIONS', 'BITSANDBYTES_OPTIMIZERS', 'SCHEDULE_FREE_OPTIMIZERS', 'OPTIMIZER_PACKAGES',
+           'OPTIMIZERS', 'IN_BACKWARD', 'NO_TENSORS', 'UNUSABLE_OPTIMIZERS', 'TRACKERS', 'WANDB_MODES', 'SECTIONS',
+           'SECTION_OF', 'TRANSLATIONS', 'LEFT_OUT', 'nearest', 'require', 'ModelConfig', 'LoraConfig', 'SourceConfig',
+           'MixtureSource', 'DataConfig', 'TrainConfig', 'EvalConfig', 'TrackConfig', 'layer_numbers', 'convert_nested',
+           'convert_one', 'convert', 'check_combination', 'Recipe', 'build_section', 'recipe_from_dict', 'StrictLoader',
+           'read_recipe_file', 'translate', 'said_otherwise', 'find_recipe', 'apply_overrides', 'differences']
 
 # %% ../nbs/api/00_recipe.ipynb #324922c7
 import difflib
@@ -186,15 +186,27 @@ class DataConfig(SourceConfig):
         return self.sources or (MixtureSource(**{f.name: getattr(self, f.name) for f in fields(SourceConfig)}),)
 
 # %% ../nbs/api/00_recipe.ipynb #c9114601
-SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau")
-NEEDED_OPTIONS = {"cosine_with_min_lr": ("min_lr", "min_lr_rate"), "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"), "warmup_stable_decay": ("num_decay_steps",)}  # scheduler -> options of which it needs one
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau", "greedy")
+NEEDED_OPTIONS = {"cosine_with_min_lr": ("min_lr", "min_lr_rate"), "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"), "warmup_stable_decay": ("num_decay_steps",), "greedy": ("min_lr",)}  # scheduler -> options of which it needs one
 BITSANDBYTES_OPTIMIZERS = (
     "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
     "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
 )
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", *BITSANDBYTES_OPTIMIZERS)
+SCHEDULE_FREE_OPTIMIZERS = ("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd")
+OPTIMIZER_PACKAGES = dict.fromkeys(BITSANDBYTES_OPTIMIZERS, "bitsandbytes") | dict.fromkeys(SCHEDULE_FREE_OPTIMIZERS, "schedulefree") | {"adamw_torch_8bit": "torchao", "adamw_torch_4bit": "torchao", "stable_adamw": "optimi"}  # optimizer -> package to import
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", *OPTIMIZER_PACKAGES)
+IN_BACKWARD = "it moves the weights within the backward pass, so gradients can be neither clipped nor checked, and its state is in no checkpoint. Use `train.optimizer=adafactor`, which also needs little memory."
+NO_TENSORS = "it keeps Python objects in its state, and a checkpoint with those could be read only by running what is in it. Use `train.optimizer=adafactor` or `adamw_8bit`, which also need little memory."
+UNUSABLE_OPTIMIZERS = {  # known to the Trainer, but -> why not
+    "adamw_torch_xla": "it is for TPUs, and training here runs on CUDA GPUs and processors. Use `train.optimizer=adamw_torch_fused`.",
+    "adamw_torch_npu_fused": "it is for Ascend NPUs, and training here runs on CUDA GPUs and processors. Use `train.optimizer=adamw_torch_fused`.",
+    "grokadamw": "its state is not restored from a checkpoint (seen with grokadamw 0.1.2), so an interrupted training would go on as another one. Use `train.optimizer=adamw_torch`.",
+    "adamw_anyprecision": "its package torchdistx is no longer built for current PyTorch. Use `train.optimizer=adamw_torch`.",
+    **dict.fromkeys(("lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "apollo_adamw_layerwise"), IN_BACKWARD),
+    **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"), NO_TENSORS),
+}
 
-
+# %% ../nbs/api/00_recipe.ipynb #847e86a7
 @dataclass(frozen=True)
 class TrainConfig:
     "How the adapter is trained"
@@ -233,7 +245,10 @@ class TrainConfig:
         require(self.scheduler in SCHEDULERS, "train.scheduler", self.scheduler, nearest(self.scheduler, SCHEDULERS).strip())
         needed = NEEDED_OPTIONS.get(self.scheduler, ())
         require(not needed or any(name in self.scheduler_options for name in needed), "train.scheduler_options", self.scheduler_options, f"{self.scheduler} needs {' or '.join(f'`{name}`' for name in needed)}.")
+        require(self.optimizer not in UNUSABLE_OPTIMIZERS, "train.optimizer", self.optimizer, UNUSABLE_OPTIMIZERS.get(self.optimizer, ""))
         require(self.optimizer in OPTIMIZERS, "train.optimizer", self.optimizer, nearest(self.optimizer, OPTIMIZERS).strip())
+        require(self.optimizer not in SCHEDULE_FREE_OPTIMIZERS or self.scheduler == "constant", "train.scheduler", self.scheduler, f"{self.optimizer} takes the place of a schedule, and warms up by itself. Use `train.scheduler=constant`.")
+        require(not self.scheduler.startswith("constant") or not self.scheduler_options, "train.scheduler_options", self.scheduler_options, f"{self.scheduler} takes none. Leave it out, or choose another `train.scheduler`.")
         require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", self.warmup_ratio, "give a share from 0 up to, not including, 1.")
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "give 0 or more.")
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "give a number above 0.")

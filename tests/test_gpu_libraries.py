@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,10 +16,10 @@ from safetensors.torch import load_file
 
 from medibuddy.data.chat import encode_chat
 from medibuddy.data.example import Example
-from medibuddy.models.loaders import EMBEDDED_MODEL, add_lora, count_parameters, load_adapter, load_base, load_tokenizer, save_adapter
+from medibuddy.models.loaders import EMBEDDED_MODEL, add_lora, count_parameters, load_adapter, load_base, load_model, load_tokenizer, save_adapter
 from medibuddy.recipe import LoraConfig, Recipe
 from medibuddy.run import read_jsonl
-from medibuddy.training.precision import optimizer_dtype, weight_dtypes
+from medibuddy.training.precision import weight_dtypes
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -111,8 +112,6 @@ def test_a_4bit_run_with_8bit_adamw_trains_saves_and_loads(tmp_path, tokenizer, 
     # r=16 on 256 columns makes tensors of 4,096 elements and more, which is where 8-bit state begins
     assert facts["dtypes"] == {"base": "nf4 with float32", "lora": "float32", "activations": "float32", "optimizer": "uint8"}
     assert facts["final_loss"] < facts["first_loss"]
-    import shutil
-
     (tmp_path / "b").mkdir()
     shutil.copytree(tmp_path / "a" / "checkpoints" / "checkpoint-2", tmp_path / "b" / "checkpoints" / "checkpoint-2")
     shutil.copy(tmp_path / "a" / "log.jsonl", tmp_path / "b" / "log.jsonl")
@@ -123,26 +122,49 @@ def test_a_4bit_run_with_8bit_adamw_trains_saves_and_loads(tmp_path, tokenizer, 
     assert torch.isfinite(whole(input_ids=torch.tensor([rows[0].input_ids])).logits).all()
 
 
-@needs_bitsandbytes
-@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
-def test_bitsandbytes_optimizers_step(name):
-    from transformers import Trainer, TrainingArguments
+@pytest.fixture(scope="module")
+def packed_model(tmp_path_factory) -> Path:
+    "The embedded model as `unsloth/*-bnb-4bit` are given out: packed by bitsandbytes, with products in bf16"
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    layer = torch.nn.Linear(128, 128)
-    make, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(output_dir="unused", optim=name, use_cpu=True, report_to="none"))
-    optimizer = make(layer.parameters(), **options)
-    before = layer.weight.detach().clone()
-    layer(torch.ones(2, 128)).square().sum().backward()
-    optimizer.step()
-    assert not torch.equal(before, layer.weight) and torch.isfinite(layer.weight).all()
-    assert optimizer_dtype(optimizer) == ("uint8" if "8bit" in name else "float32")
+    folder = tmp_path_factory.mktemp("packed") / "tiny-bnb-4bit"
+    packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.bfloat16, quantization_config=packing, device_map={"": "cpu"}).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(EMBEDDED_MODEL / file, folder)
+    return folder
+
+
+@needs_bitsandbytes
+def test_a_folder_of_packed_weights_trains_and_its_adapters_are_plain_peft(tmp_path, call, packed_model, rows_file, rows):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert "quantization_config" in json.loads((packed_model / "config.json").read_text())
+    settings = [f"model.name={packed_model}", "quantization=4bit", "max_steps=2", "checkpoint_every=2", "test_fraction=0.3", "learning_rate=1e-3", "warmup_ratio=0", "r=4"]
+    losses, ids = {}, torch.tensor([rows[0].input_ids])
+    for backend in ("peft", "medibuddy"):
+        run = tmp_path / backend
+        words = [part for setting in [*settings, f"backend={backend}"] for part in ("--set", setting)]
+        status, out, err = call("train", "--data", rows_file, "--shape", "pubmedqa", "--run", run, "--json", *words)
+        assert status == 0, err
+        facts = json.loads(out)
+        # the folder says bf16; the recipe means this machine's fp32
+        assert facts["dtypes"] == {"base": "nf4 with float32", "lora": "float32", "activations": "float32", "optimizer": "float32"}
+        losses[backend] = facts["first_loss"], facts["final_loss"]
+        base = AutoModelForCausalLM.from_pretrained(packed_model, dtype=torch.float32, device_map={"": "cpu"}).eval()
+        with torch.no_grad():
+            before = base(input_ids=ids).logits
+            after = PeftModel.from_pretrained(base, run / "adapter").eval()(input_ids=ids).logits
+            ours = load_model(packed_model, run / "adapter", dtype="float32", device="cpu")[0](input_ids=ids).logits  # the folder says that it is packed
+        assert torch.isfinite(after).all() and not torch.equal(after, before)
+        assert (ours - after).norm() < 0.02 * after.norm()  # the same adapter on the same weights, whose products are bf16 in the one and fp32 in the other
+    assert losses["peft"] == pytest.approx(losses["medibuddy"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory) -> Path:
     "A Llama of two layers with the embedded tokenizer, in fp16"
-    import shutil
-
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("small") / "model"
@@ -170,6 +192,7 @@ def test_unsloth_trains_as_peft_does_and_they_exchange_adapters(tmp_path, small_
     seen = json.loads((tmp_path / "unsloth" / "seen.json").read_text())
     # with fp32 weights, dropout or biases these counts would be 0 and nothing else would tell
     assert "2 QKV layers, 2 O layers and 2 MLP layers" in " ".join([*seen["said"], done.stdout, done.stderr])
+    assert "memory, predicted:" in done.stderr and "fits: " in done.stderr
     assert seen["facts"]["dtypes"] == {"base": "float16", "lora": "float32", "activations": "float16", "optimizer": "float32"}
 
     sft.train_adapter(recipe, model, tokenizer, rows, rows[:2], tmp_path / "peft", "key")

@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 
-from medibuddy.models.loaders import add_lora, load_base, load_tokenizer, skeleton
+from medibuddy.models.loaders import EMBEDDED_MODEL, add_lora, load_base, load_tokenizer, skeleton, train_all
 from medibuddy.models.memory import LiveBytes, mixed_bytes, optimizer_bytes, plan, plan_stages, recompute_layers, step_bytes, weight_bytes
 from medibuddy.recipe import Recipe
 
@@ -62,6 +63,21 @@ def test_a_step_is_predicted_as_it_is_counted(overrides):
     assert counted <= predicted * 1.02  # never less than what is needed
     if recipe.model.backend == "peft":
         assert predicted <= counted * 1.1
+
+
+def test_a_step_of_full_fine_tuning_is_predicted_with_its_gradients():
+    recipe = Recipe.load("tiny", backend="peft", full_finetuning=True, precision="fp32", max_seq_length=128, batch_size=2, max_new_tokens=16)
+    model, ids = train_all(load_base("embedded")).train(), torch.randint(0, 4096, (2, 128))
+    live = LiveBytes()
+    live.ignore([*model.parameters(), *model.buffers()])
+    with live:
+        hidden = model.model(ids, use_cache=False)[0]
+        model.lm_head(hidden[:, -2:]).sum().backward()  # logits are counted apart
+    parts = plan_stages(recipe, skeleton("embedded"), "float32", device="cpu")["train"]
+    predicted = sum(size for part, size in parts.items() if part not in ("weights", "optimizer", "logits", "libraries"))
+    assert live.peak <= predicted <= 1.2 * live.peak, (live.peak, parts)
+    halved = plan_stages(recipe, skeleton("embedded"), "float16", device="cpu")["train"]
+    assert halved["weights"] == parts["weights"] and halved["cast weights"] > 0  # trained weights are fp32 whatever the products are in
 
 
 @pytest.mark.parametrize("backend", ["peft", "medibuddy"])
@@ -137,6 +153,21 @@ def test_the_command_prints_the_plan_and_loads_no_weights(call, folders):
     assert answer["verdict"] == "fits" and set(answer["stages"]) == {"load", "train", "evaluate", "merge"} and answer["gpu"] == "T4"
     status, _, err = call("plan", "--gpu", "T5")
     assert status == 2 and "Did you mean `T4`?" in err
+
+
+def test_a_model_that_cannot_be_counted_is_trained_all_the_same(tmp_path, call, rows_file):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    folder = tmp_path / "neox"
+    config = GPTNeoXConfig(vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=0)
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(EMBEDDED_MODEL / file, folder)
+    words = [part for setting in (f"model.name={folder}", "backend=peft", "targets=query_key_value", "max_steps=1", "test_fraction=0.3") for part in ("--set", setting)]
+    status, out, err = call("train", "--data", rows_file, "--shape", "pubmedqa", "--run", tmp_path / "run", "--json", *words)
+    assert status == 0 and json.loads(out)["steps"] == 1 and "note: the memory cannot be predicted for this kind of model" in err, err
+    status, _, err = call("plan", *words)
+    assert status == 1 and "the memory cannot be predicted" in err and "Traceback" not in err, err
 
 
 def test_every_stage_of_a_plan_adds_up():

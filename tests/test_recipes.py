@@ -1,13 +1,14 @@
 """The shipped recipes, recipes in other tools' words, and recipes that cannot work."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from conftest import medibuddy
 
-from medibuddy.recipe import BITSANDBYTES_OPTIMIZERS, OPTIMIZERS, PRESETS, PROJECTIONS, SCHEDULERS, Recipe
+from medibuddy.recipe import PRESETS, PROJECTIONS, Recipe
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
@@ -54,15 +55,6 @@ def test_a_training_script_s_json_is_a_recipe(tmp_path, capsys):
     assert Recipe.load(path) == preset
 
 
-def test_optimizers_and_schedulers_are_the_trainer_s():
-    from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
-    assert {name.value for name in SchedulerType} - set(SCHEDULERS) <= {"greedy"}
-    assert set(BITSANDBYTES_OPTIMIZERS) < set(OPTIMIZERS)
-
-
 REFUSED = {
     "bf16 with fused kernels": (["backend=medibuddy", "precision=bf16"], "model.backend=peft"),
     "fp32 with Unsloth": (["backend=unsloth", "precision=fp32"], "model.precision=fp16"),
@@ -93,6 +85,25 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded_or_written(call, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settings, remedy = REFUSED[name]
     status, _, err = call("train", "--run", tmp_path / "run", *[part for setting in settings for part in ("--set", setting)])
+    assert status == 2 and err.count("error: ") == 1 and remedy in err, err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("packed, settings, remedy", [
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, [], "holds 4bit weights. Use `model.quantization=4bit`"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, ["quantization=4bit", "optimizer=adamw_torch"], "Use `model.quantization=8bit`"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, ["quantization=4bit"], "packed as 4-bit fp4"),
+    ({"quant_method": "gptq", "bits": 4}, [], "packed as gptq"),
+], ids=["4-bit", "8-bit", "fp4", "gptq"])
+def test_packed_weights_are_recognised_before_they_are_loaded(call, tmp_path, monkeypatch, packed, settings, remedy):
+    from medibuddy.models.loaders import EMBEDDED_MODEL
+
+    monkeypatch.setattr("medibuddy.flow.load_base", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("medibuddy.models.loaders.require_package", lambda *a: None)
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
+    status, _, err = call("train", "--run", tmp_path / "run", "--set", f"model.name={tmp_path / 'model'}", "--set", "backend=peft", *[part for setting in settings for part in ("--set", setting)])
     assert status == 2 and err.count("error: ") == 1 and remedy in err, err
     assert not (tmp_path / "run").exists()
 

@@ -133,6 +133,24 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, tokenizer, rows):
     assert not list((tmp_path / "checkpoints").glob("checkpoint-*")) and not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
+def test_a_checkpoint_that_the_disk_changed_never_gets_its_name(tmp_path, tokenizer, rows, monkeypatch, name):
+    real = sft.Trainer._save_checkpoint
+
+    def on_a_bad_disk(self, model, trial):
+        real(self, model, trial)
+        if self.state.global_step == 4:
+            file = self.staging / "checkpoint-4" / name
+            content = bytearray(file.read_bytes())
+            content[len(content) * 3 // 4] ^= 1
+            file.write_bytes(content)
+
+    monkeypatch.setattr(sft.Trainer, "_save_checkpoint", on_a_bad_disk)
+    with pytest.raises(RunError, match=f"{name}: what is on the disk"):
+        train(tmp_path, tokenizer, rows)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"] and not (tmp_path / "adapter").exists()
+
+
 @pytest.mark.parametrize("part, spoil", {
     "lora": lambda model: [setattr(p, "data", p.data.bfloat16()) for p in model.parameters() if p.requires_grad],
     "base": lambda model: [setattr(p, "data", p.data.half()) for n, p in model.named_parameters() if "embed_tokens" in n],
@@ -228,6 +246,12 @@ def test_eval_only_trains_nothing_and_agrees_with_the_log(call, rows_file, tmp_p
     logged = [row["eval_loss"] for row in read_jsonl(run / "log.jsonl") if "eval_loss" in row]
     assert math.isclose(losses["tuned"], logged[-1], rel_tol=1e-5) and losses["tuned"] != losses["base"] == base["base"]
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_what_waits_for_validation_losses_is_refused_without_validation_rows(call, rows_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("medibuddy.flow.load_for_training", lambda *a: pytest.fail("loaded"))
+    status, _, err = call("train", "--data", rows_file, "--shape", "pubmedqa", "--run", tmp_path / "run", "--set", "test_fraction=0.3", "--set", "early_stopping=2")  # these few rows leave none
+    assert status == 2 and "`train.early_stopping` is 2" in err and "Raise `data.validation_fraction`" in err, err
 
 
 def test_what_is_trained_is_shown_before_the_first_step(call, rows_file, tmp_path):

@@ -1,6 +1,6 @@
 """FSDP2 and DeepSpeed's ZeRO-2 and ZeRO-3 with their real code on two processes of a CPU: really divided, the adapter that one process trains, and the same after an interruption.
 
-DeepSpeed is not in the lock: `pip install deepspeed==0.19.8 && pytest tests/test_training_divided.py` (about three minutes; it needs a C++ compiler at its first start. A first start that is
+DeepSpeed is not in the lock: `pip install deepspeed==0.19.8 && pytest tests/test_training_divided.py` (about five minutes; it needs a C++ compiler at its first start. A first start that is
 killed leaves ~/.cache/torch_extensions/*/deepspeed_shm_comm/lock, and every later one waits for it: remove that folder).
 """
 
@@ -18,7 +18,7 @@ from medibuddy.recipe import Recipe
 from medibuddy.run import RunError, read_json, sha256_file
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-KINDS = [pytest.param("fsdp"), *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero2", "zero3"))]
+KINDS = [pytest.param("fsdp"), *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero2", "zero2-offload", "zero3", "zero3-offload"))]
 
 
 @pytest.fixture(autouse=True)

@@ -54,6 +54,7 @@ def straight(rows, tmp_path_factory) -> Path:
     facts = json.loads(done.stdout)
     assert (facts["launch"], facts["processes"]) == ("ddp", 2)
     assert {path.name for path in (run / "checkpoints" / "checkpoint-8").glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}  # both were there
+    assert "2 processes with 2 x 1 rows each, so a step still sees 4 rows" in done.stderr
     assert done.stderr.count("tokens are trained, between") == 1 and not list(run.glob(".job*")) and not list(run.glob(".result*"))
     return run
 
@@ -123,8 +124,10 @@ def test_two_machines_of_one_process_each(rows, straight, tmp_path):
     (["--launch", "fsdp", "--set", "backend=medibuddy"], "divides the base weights, which the fused kernels read whole"),
     (["--launch", "fsdp", "--set", "backend=peft", "--set", "quantization=4bit"], "packed ones cannot be"),
     (["--launch", "ddp", "--nodes", "2"], "--nodes needs --main-address"),
+    (["--processes", "2"], "Add --launch ddp"),
+    (["--launch", "zero2", "--set", "optimizer=schedule_free_adamw", "--set", "scheduler=constant"], "train.optimizer=adamw_torch"),
     (["--launch", "zero3", "--set", "backend=peft"], "pip install deepspeed"),
-], ids=["rows", "kind", "kernels", "packed", "address", "deepspeed"])
+], ids=["rows", "kind", "kernels", "packed", "address", "alone", "optimizer", "deepspeed"])
 def test_what_cannot_be_spread_is_refused_before_anything_is_written(call, tmp_path, monkeypatch, options, message):
     monkeypatch.setattr("medibuddy.training.launch.find_spec", lambda name: None)
     status, _, err = call("train", "--run", tmp_path / "run", *options)

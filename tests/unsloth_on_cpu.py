@@ -73,6 +73,8 @@ def main(job):
     from safetensors.torch import load_file
 
     from medibuddy.data.chat import EncodedChat
+    from medibuddy.flow import announce
+    from medibuddy.hardware import detect_hardware
     from medibuddy.recipe import Recipe
     from medibuddy.training.sft import train_adapter
 
@@ -90,6 +92,7 @@ def main(job):
         model = add_lora(base, recipe.lora, recipe.train.seed, "unsloth")
     set_peft_model_state_dict(model, load_file(Path(job["adapter"]) / "adapter_model.safetensors"))
     Path(job["run"]).mkdir(parents=True, exist_ok=True)
+    announce(recipe, detect_hardware(), model, rows, load_tokenizer(job["model"]))  # predicts the memory, which must not meet Unsloth's layers
     facts = train_adapter(recipe, model, load_tokenizer(job["model"]), rows, rows[:2], Path(job["run"]), "key", dtype="float16")
     Path(job["run"], "seen.json").write_text(json.dumps({"said": said, "facts": facts}))
 

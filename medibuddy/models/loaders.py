@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_MODEL', 'locate_model', 'model_sha256', 'load_tokenizer', 'first_line', 'explain_model_error', 'spare_token',
-           'require_package', 'import_backend', 'load_base', 'load_transformers', 'load_unsloth', 'linear_names',
-           'adapter_settings', 'check_targets', 'add_lora', 'train_all', 'count_parameters', 'check_finite',
-           'save_adapter', 'load_adapter', 'skeleton', 'check_machine', 'check_model', 'load_model']
+           'require_package', 'import_backend', 'load_base', 'load_transformers', 'settle_packed', 'packed_weights',
+           'load_unsloth', 'linear_names', 'adapter_settings', 'check_targets', 'add_lora', 'train_all',
+           'count_parameters', 'check_finite', 'save_adapter', 'load_adapter', 'skeleton', 'check_machine',
+           'check_schedule', 'check_model', 'load_model']
 
 # %% ../../nbs/api/20_loaders.ipynb #040f2dcc
 import math
@@ -18,7 +19,7 @@ from typing import Any
 
 import medibuddy
 from ..hardware import Hardware, resolve_precision
-from ..recipe import BITSANDBYTES_OPTIMIZERS, LoraConfig, Recipe, nearest, require
+from ..recipe import OPTIMIZER_PACKAGES, LoraConfig, Recipe, TrainConfig, nearest, require
 from ..run import RunError, UsageError, sha256_files
 
 # %% ../../nbs/api/20_loaders.ipynb #19e16729
@@ -117,7 +118,8 @@ def require_package(
 ) -> None:
     "Refuse a recipe whose library is not installed; raises `UsageError` with the command"
     found = package in sys.modules or find_spec(package) is not None
-    require(found, key, value, f"this needs {package}, which is not installed here: pip install 'medibuddy[gpu]'.")
+    command = {"optimi": "torch-optimi", "schedulefree": "schedulefree", "torchao": "torchao"}.get(package, "'medibuddy[gpu]'")
+    require(found, key, value, f"this needs {package}, which is not installed here: pip install {command}.")
 
 # %% ../../nbs/api/20_loaders.ipynb #0be0cb29
 def import_backend(
@@ -156,7 +158,7 @@ def load_base(
         model = load_transformers(source, revision, kind, device, quantization)
     except (OSError, ValueError) as error:
         raise explain_model_error(error, name, f"model `{name}`") from error
-    return (model if quantization else model.to(device)).eval()
+    return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
 
 # %% ../../nbs/api/20_loaders.ipynb #a14044c8
 def load_transformers(
@@ -167,23 +169,48 @@ def load_transformers(
     quantization: str | None,  # "4bit", "8bit" or None
 ) -> Any:  # a Transformers causal language model
     "Load a model through Transformers"
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    options = {}
-    if quantization:
-        from transformers import BitsAndBytesConfig
-
-        options["device_map"] = {"": device}
+    packed, _ = packed_weights(AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
+    options = {"device_map": {"": device}} if packed or quantization else {}
+    if packed or quantization:
+        require_package("bitsandbytes", "model.quantization", packed or quantization)
+    if quantization and not packed:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=quantization == "4bit", load_in_8bit=quantization == "8bit", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    settle_packed(model, dtype)
     return model
 
 # %% ../../nbs/api/20_loaders.ipynb #50789aa3
+def settle_packed(
+    model: Any,  # a Transformers model
+    dtype: Any,  # a torch dtype
+) -> None:
+    "Let packed weights compute in the format that was asked for, and stay as they are at evaluation"
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            module.compute_dtype = state.dtype = dtype
+
+# %% ../../nbs/api/20_loaders.ipynb #9db1316f
+def packed_weights(
+    config: Any,  # of a model
+) -> tuple[str | None, tuple[str, ...]]:  # "4bit", "8bit", another method's name, or None for whole weights; names of modules left whole
+    "Say how the weights in a model's files are packed"
+    settings = getattr(config, "quantization_config", None) or {}
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if not settings:
+        return None, ()
+    kind = "4bit" if settings.get("load_in_4bit") else "8bit" if settings.get("load_in_8bit") else settings.get("quant_method", "another method")
+    if kind == "4bit" and settings.get("bnb_4bit_quant_type") != "nf4":
+        kind = f"4-bit {settings.get('bnb_4bit_quant_type')}"
+    return kind, tuple(settings.get("llm_int8_skip_modules") or ())
+
+# %% ../../nbs/api/20_loaders.ipynb #a18b5393
 def load_unsloth(
     source: str,  # a folder or a hub id
     revision: str | None,
@@ -199,6 +226,7 @@ def load_unsloth(
         source, revision=revision, dtype=dtype, max_seq_length=max_seq_length, load_in_4bit=quantization == "4bit", load_in_8bit=quantization == "8bit",
         device_map="sequential" if device == "cuda" else {"": device}, trust_remote_code=False, use_exact_model_name=True,
     )
+    settle_packed(model, dtype)
     return model
 
 # %% ../../nbs/api/20_loaders.ipynb #690e4eb8
@@ -356,12 +384,27 @@ def check_machine(
     resolve_precision(model.precision, hardware)
     if model.quantization:
         require_package("bitsandbytes", "model.quantization", model.quantization)
-    if train.optimizer in BITSANDBYTES_OPTIMIZERS:
-        require_package("bitsandbytes", "train.optimizer", train.optimizer)
+    if train.optimizer in OPTIMIZER_PACKAGES:
+        require_package(OPTIMIZER_PACKAGES[train.optimizer], "train.optimizer", train.optimizer)
+    require(train.optimizer != "stable_adamw" or hardware.device == "cuda", "train.optimizer", "stable_adamw", "its kernels need a CUDA GPU, and there is none here. Use `train.optimizer=adamw_torch`.")
     if model.backend == "unsloth":
         possible = hardware.device == "cuda" or os.environ.get("UNSLOTH_ALLOW_CPU") == "1"
         require(possible, "model.backend", "unsloth", "Unsloth needs a CUDA GPU, and there is none here. Use `model.backend=medibuddy`.")
         require_package("unsloth", "model.backend", "unsloth")
+
+# %% ../../nbs/api/20_loaders.ipynb #321c9ce4
+def check_schedule(
+    train: TrainConfig,
+) -> None:
+    "Refuse options that the scheduler does not take; raises `UsageError`"
+    import torch
+    from transformers import get_scheduler
+
+    trial = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=train.learning_rate)
+    try:
+        get_scheduler(train.scheduler, trial, num_warmup_steps=1, num_training_steps=10**6, scheduler_specific_kwargs=dict(train.scheduler_options))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"recipe key `train.scheduler_options` is {train.scheduler_options!r}, which the scheduler {train.scheduler} does not take: {first_line(error)}.") from error
 
 # %% ../../nbs/api/20_loaders.ipynb #0528286b
 def check_model(
@@ -373,7 +416,9 @@ def check_model(
     frame = skeleton(recipe.model.name, recipe.model.revision)
     if not recipe.model.full_finetuning:
         check_targets(frame, recipe.lora)
-    kind, longest = type(frame).__name__, getattr(frame.config, "max_position_embeddings", None)
+    kind, longest, (packed, _) = type(frame).__name__, getattr(frame.config, "max_position_embeddings", None), packed_weights(frame.config)
+    require(packed in (None, "4bit", "8bit"), "model.name", recipe.model.name, f"its weights are packed as {packed}; only whole weights and those packed by bitsandbytes (nf4 or 8 bits) can be trained on. Use the whole model.")
+    require(packed in (None, recipe.model.quantization), "model.quantization", recipe.model.quantization, f"{recipe.model.name} holds {packed} weights. Use `model.quantization={packed}`, or the whole model.")
     require(recipe.model.backend != "medibuddy" or kind in SERVED_MODELS, "model.backend", "medibuddy", f"our fused kernels serve {' and '.join(sorted(SERVED_MODELS))}, and this is a {kind}. Use `model.backend=peft`.")
     require(longest is None or recipe.model.max_seq_length <= longest, "model.max_seq_length", recipe.model.max_seq_length, f"{recipe.model.name} was made for at most {longest} tokens.")
     return frame

@@ -18,13 +18,15 @@ from ..run import RunError
 def expected_dtypes(
     recipe: Recipe,
     dtype: str,  # "float32", "float16" or "bfloat16": of the whole base weights and the activations
+    kind: str | None = None,  # how several processes train; None for one process
 ) -> dict[str, str]:  # base, lora (or none), activations, optimizer
     "The number formats that a recipe means"
+    trained = dtype if (kind or "").startswith("zero") else "float32"  # DeepSpeed trains a half-precision copy, and keeps the fp32 weights in its optimizer
     stored = {"4bit": f"nf4 with {dtype}", "8bit": f"int8 with {dtype}", None: dtype}[recipe.model.quantization]
     full = recipe.model.full_finetuning
     return {
-        "base": "float32" if full else stored, "lora": "none" if full else "float32", "activations": dtype,
-        "optimizer": "uint8" if "8bit" in recipe.train.optimizer else "none" if recipe.train.optimizer == "sgd" else "float32",
+        "base": trained if full else stored, "lora": "none" if full else trained, "activations": dtype,
+        "optimizer": "uint8" if recipe.train.optimizer.endswith(("8bit", "4bit")) else "none" if recipe.train.optimizer == "sgd" else "float32",
     }
 
 # %% ../../nbs/api/30a_precision.ipynb #9f088754
@@ -65,7 +67,8 @@ def optimizer_dtype(
     optimizer: Any,  # a torch optimizer after its first step
 ) -> str:  # "uint8" when any state is 8-bit, else the float formats
     "Read the number format of an optimizer's state"
-    found = {dtype_name(value.dtype) for state in optimizer.state.values() for key, value in state.items() if torch.is_tensor(value) and value.numel() > 1 and "qmap" not in key and "absmax" not in key}
+    # torchao's packed tensors call themselves float32; what they hold is in their `codes`
+    found = {dtype_name(getattr(value, "codes", value).dtype) for state in optimizer.state.values() for key, value in state.items() if torch.is_tensor(value) and value.numel() > 1 and "qmap" not in key and "absmax" not in key}
     return "uint8" if "uint8" in found else join_names(found)
 
 # %% ../../nbs/api/30a_precision.ipynb #16d312fa
