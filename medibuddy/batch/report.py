@@ -39,8 +39,9 @@ def run_facts(
     spec = folder / "attempts" / str(state["attempts"]) / "spec.json"
     facts["changes"] = read_json(spec)["changes"] if spec.exists() else {}
     stages = read_json(run_dir / "manifest.json").get("stages", {}) if (run_dir / "manifest.json").exists() else {}
-    training = stages.get("train", {})
-    facts |= {"stage_seconds": round(sum(stage["seconds"] for stage in stages.values()), 1)} | {key: training[key] for key in ("cost", "energy_kwh", "tokens") if key in training}
+    own, taken = ([stage["seconds"] for stage in stages.values() if ("taken_from" in stage) == there] for there in (False, True))
+    training = stages.get("train", {}) if "taken_from" not in stages.get("train", {}) else {}  # what another run paid for is counted there
+    facts |= {"stage_seconds": round(sum(own), 1), "taken_over": len(taken), "taken_over_seconds": round(sum(taken), 1)} | {key: training[key] for key in ("cost", "energy_kwh", "tokens") if key in training}
     losses = [row["eval_loss"] for row in read_jsonl(run_dir / "log.jsonl", torn=True) if "eval_loss" in row] if (run_dir / "log.jsonl").exists() else []
     facts["validation_loss"] = losses[-1] if losses else None
     if state["state"] == "done" and (run_dir / "comparison.json").exists():
@@ -218,6 +219,8 @@ def summary_lines(
     runs, groups, pairs = facts["runs"], facts["groups"], facts["pairs"]
     states = {state: sum(run["state"] == state for run in runs) for state in ("done", "failed", "pruned", "waiting", "running")}
     lines = [f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in states.items() if count)}. {duration(sum(run['seconds'] for run in runs))} of machine time in all attempts" + (f", cost {sum(run.get('cost', 0) for run in runs):g}." if any("cost" in run for run in runs) else ".")]
+    if taken := sum(run["taken_over"] for run in runs):
+        lines.append(f"{taken} stages were taken over from another run that had finished the same; doing them again would have taken {duration(sum(run['taken_over_seconds'] for run in runs))}.")
     if groups:
         best = groups[0]
         beaten = [pair for pair in pairs if pair["a"] == best["group"] and pair["real"]]
