@@ -204,10 +204,12 @@ def batch_tables(
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ title }}</title>
 <style>body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:62em;margin:2em auto;padding:0 1em}table{border-collapse:collapse;display:block;overflow-x:auto;margin:.5em 0 2em}
-caption,p.caption{text-align:left;color:#555}td,th{padding:.2em .8em .2em 0;text-align:right;vertical-align:top;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}img{max-width:100%}</style></head>
+caption,p.caption{text-align:left;color:#555}td,th{padding:.2em .8em .2em 0;text-align:right;vertical-align:top;border-bottom:1px solid #ddd;white-space:nowrap}
+td:first-child,th:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:7em;position:sticky;left:0;background:#fff}td.note,th.note{text-align:left;white-space:normal;min-width:14em}
+img{max-width:100%}@media(max-width:45em){p.caption::after{content:" The table can be pushed sideways."}}</style></head>
 <body><h1>{{ title }}</h1>{% for line in lines %}<p>{{ line }}</p>{% endfor %}
 {% if figure %}<img alt="Score of every parameter set against each parameter" src="data:image/png;base64,{{ figure }}">{% endif %}
-{% for t in tables %}<p class="caption">{{ t.caption }}</p><table><thead><tr>{% for h in t.head %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>{% for r in t.rows %}<tr>{% for c in r %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>{% endfor %}
+{% for t in tables %}<p class="caption">{{ t.caption }}</p><table tabindex="0"><thead><tr>{% for h in t.head %}<th scope="col"{% if h == "Note" %} class="note"{% endif %}>{{ h }}</th>{% endfor %}</tr></thead><tbody>{% for r in t.rows %}<tr>{% for c in r %}<td{% if t.head[loop.index0] == "Note" %} class="note"{% endif %}>{{ c }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>{% endfor %}
 </body></html>
 """
 
