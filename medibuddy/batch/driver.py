@@ -357,7 +357,7 @@ def run_batch(
     if jobs is not None and jobs < 1:
         raise UsageError(f"`jobs` is {jobs}; give a number of runs at a time of at least 1.")
     if find_spec("papermill") is None or find_spec("ipykernel") is None:
-        raise UsageError("a batch needs papermill and ipykernel: pip install 'medibuddy[batch]'.")
+        raise UsageError("a batch needs papermill and ipykernel: pip install papermill ipykernel.")
     with locked(folder / "ledger"):  # not the folder itself: taking a lock sweeps temporary files, and a worker's must stay until it is ended
         end_processes(folder / "runs")
         write_atomic(folder / "ledger" / "plan.yaml", plan.path.read_text(encoding="utf-8"))
