@@ -85,10 +85,11 @@ class Platform:
 @pytest.fixture(scope="module")
 def aws():
     "A local server that answers as AWS does, and an environment that knows no other"
+    from moto.server import MotoRequestHandler
     from werkzeug.serving import make_server
 
     platform = Platform()
-    server = make_server("127.0.0.1", 0, platform, threaded=True)
+    server = make_server("127.0.0.1", 0, platform, threaded=True, request_handler=MotoRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     before = dict(os.environ)
     os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "eu-central-1", "AWS_EC2_METADATA_DISABLED": "true", "SAGEMAKER_VALIDATE_ROLE": "false"}
