@@ -155,7 +155,7 @@ def look_at_token() -> Finding:
     return Finding("hub token", "ok" if there else "note", "there is one" if there else "none; only gated models (Llama) need one", None if there else "export HF_TOKEN=...   # from https://huggingface.co/settings/tokens")
 
 # %% ../nbs/api/92a_doctor.ipynb #00ae2db7
-EXTRAS = {"gpu": "4-bit models, 8-bit optimizers and Unsloth", "eval": "ROUGE and BLEU"}  # extra -> what it is for
+EXTRAS = {"gpu": "4-bit models, 8-bit optimizers and Unsloth", "eval": "ROUGE and BLEU", "batch": "`medibuddy batch`", "search": "`search` in a batch's plan", "web": "`medibuddy chat --web`"}  # extra -> what it is for
 
 
 def examine() -> list[Finding]:
@@ -172,10 +172,11 @@ def examine() -> list[Finding]:
         findings += look_at_device()
     for extra, purpose in EXTRAS.items():
         parts = [look_at_library(one, lock, installed(one.name), needed=False) for one in requirements(extra)]
-        missing = [part.what for part in parts if part.found == "missing"]
+        missing = [part for part in parts if part.found == "missing"]
         findings += [part for part in parts if part.found != "missing"]
         if missing:
-            findings.append(Finding(f"extra {extra}", "note", f"without {', '.join(missing)}: no {purpose}", f"pip install 'medibuddy[{extra}]'"))
+            fix = "pip install " + " ".join(part.fix.removeprefix("pip install ") for part in missing)
+            findings.append(Finding(f"extra {extra}", "note", f"without {', '.join(part.what for part in missing)}: no {purpose}", fix))
     return [*findings, look_at_disk(), look_at_token()]
 
 
@@ -191,7 +192,7 @@ def diagnosis(
         lines += [f"{'':7}  {'':{width}}  fix: {finding.fix}"] * bool(finding.fix)
     problems = sum(finding.state == "problem" for finding in findings)
     ending = "usable: try `medibuddy demo`" if not problems else f"not usable yet: {problems} problem{'s' * (problems > 1)}, each with its fix above"
-    pins = [finding.fix.removeprefix("pip install ") for finding in findings if finding.fix and finding.fix.startswith('pip install "')]
+    pins = [finding.fix.removeprefix("pip install ") for finding in findings if finding.fix and finding.fix.startswith('pip install "') and not finding.what.startswith("extra ")]
     all_at_once = [f"to have exactly what was tested: pip install {' '.join(pins)}"] if len(pins) > 1 else []
     return "\n".join([*lines, *all_at_once, ending])
 

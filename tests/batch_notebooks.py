@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from medibuddy.run import Run, append_jsonl, locked, read_json, stage, write_atomic, write_json, write_jsonl
+from medibuddy.sharing import shared_stage
 
 path = Path(run_dir)
 
@@ -29,16 +30,17 @@ def note(text):
 
 
 def prepare(run):
-    with stage(run, "prepare", [seed], [], ["data/rows.json"]) as facts:
+    with shared_stage(run, "prepare", [seed], [], ["data/rows.json"]) as facts:
         if facts is not None:
             note("begin prepare")
+            time.sleep(pause)
             random = np.random.default_rng(seed)
             write_json(path / "data" / "rows.json", {"x": random.normal(size=(40, 4)).tolist(), "w": random.normal(size=4).tolist()})
     note("end prepare")
 
 
 def train(run):
-    with stage(run, "train", [rate, rank, seed], ["data/rows.json"], ["adapter/weights.json", "log.jsonl"]) as facts:
+    with shared_stage(run, "train", [rate, rank, seed], ["data/rows.json"], ["adapter/", "log.jsonl"]) as facts:
         if facts is not None:
             note("begin train")
             rows, checkpoint = read_json(path / "data" / "rows.json"), path / "checkpoint.json"

@@ -91,6 +91,17 @@ def check_once(folder: Path, count: int) -> None:
                 assert f"begin {stage}" not in marks[marks.index(f"end {stage}") :], (run.name, marks)
 
 
+def makers(folder: Path, stage: str) -> dict[str, list[str]]:
+    "Which runs did a stage themselves, by the hash of what they made"
+    found = {}
+    for file in sorted(folder.glob("runs/*/*/manifest.json")):
+        manifest = read_json(file)
+        record = manifest["stages"][stage]
+        if "taken_from" not in record:
+            found.setdefault(json.dumps([manifest["files"][name]["sha256"] for name in record["files"] if name.endswith("jsonl") or name.endswith("json")]), []).append(file.parents[1].name)
+    return found
+
+
 def work_done(folder: Path) -> int:
     "Lines and files that the runs of a batch have written so far"
     total = 0
@@ -148,6 +159,8 @@ def test_twelve_runs_killed_twenty_times_end_once_and_alike(undisturbed, tmp_pat
     name = lambda id: re.sub(r"-[0-9a-f]{8}$", "", id)
     expected, found = ({name(id): values for id, values in results(folder, ("metrics.json", "adapter/weights.json")).items()} for folder in (calm, tmp_path / "batch"))
     assert len(expected) == 12 and found == expected
+    for folder in (calm, tmp_path / "batch"):  # the rows of each of the three seeds were made by one run, and taken over by three
+        assert [len(runs) for runs in makers(folder, "prepare").values()] == [1, 1, 1]
     assert not processes(tmp_path / "batch")
 
 
@@ -163,6 +176,26 @@ def test_a_finished_batch_repeats_nothing_and_a_grown_plan_only_adds(undisturbed
     assert done.returncode == 0, done.stderr
     assert sorted(run["attempts"] for run in json.loads(done.stdout)["runs"]) == [1] * 6
     check_once(folder, 14)
+
+
+def test_a_changed_plan_repeats_no_stage_that_the_change_leaves_alone(undisturbed, tmp_path):
+    plan, calm, _ = undisturbed
+    folder = shutil.copytree(calm, tmp_path / "batch")
+    before = results(folder, ("metrics.json", "adapter/weights.json"))
+    changed = write_plan(tmp_path, GRID.format(pause=0.001).replace("[1, 2, 3]", "[1]"))  # another parameter, so other runs; but no stage depends on it
+    shutil.copy(plan.parent / "light.ipynb", tmp_path / "light.ipynb")
+    broken = next(run for run in sorted((folder / "runs").iterdir()) if "rate=0.1-rank=2-seed=1" in run.name)
+    (broken / "run" / "adapter" / "weights.json").write_text("[1, 2]")  # what was altered is not taken
+    done = batch(changed, folder, "--jobs", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    new = {run["id"]: folder / "runs" / run["id"] for run in json.loads(done.stdout)["runs"]}
+    began = {name: [line for line in (run / "run" / "seen.txt").read_text().splitlines() if line.startswith("begin")] for name, run in new.items()}
+    again = [name for name in new if "rate=0.1-rank=2" in name]
+    assert len(new) == 4 and not set(new) & set(before) and len(again) == 1
+    assert began == {name: ["begin train", "begin score"] if name in again else ["begin score"] for name in new}
+    after = {name.rpartition("-")[0]: values for name, values in results(folder, ("metrics.json", "adapter/weights.json")).items() if name in new}
+    assert after == {name.rpartition("-")[0]: values for name, values in before.items() if "seed=1-" in name}
+    assert {run["taken_over"] for run in json.loads(done.stdout)["runs"]} == {1, 2}
 
 
 def test_code_that_raises_is_kept_and_not_tried_again_until_it_changes(tmp_path):
@@ -280,16 +313,28 @@ def training_plan(folder: Path, text: str) -> Path:
     return folder / "plan.yaml"
 
 
-def test_a_real_training_killed_twice_ends_with_the_same_metrics(tmp_path):
-    plan = training_plan(tmp_path, "seeds: [1]\n")
-    done = batch(plan, tmp_path / "calm")
+def test_real_trainings_share_their_stages_and_killed_ones_end_with_the_same_metrics(tmp_path):
+    """Of two runs that differ in the learning rate, the second takes over rows and base answers; the same run alone, killed twice, does all itself.
+
+    Both ways end with the same numbers, and every run verifies.
+    """
+    text = "parameters: {{learning_rate: {rates}}}\nseeds: [1]\n"
+    plan = training_plan(tmp_path, text.format(rates="[1e-3, 2e-3]"))
+    done = batch(plan, tmp_path / "calm", "--json")
     assert done.returncode == 0, done.stderr
-    driver, kernel = disturb(plan, tmp_path / "killed", 2, 1, 9, random.Random(1))
-    calm, killed = (without_times(results(tmp_path / name, TRAINED)) for name in ("calm", "killed"))
-    assert driver + kernel == 2 and len(calm) == 1 and calm == killed
+    driver, kernel = disturb(training_plan(tmp_path / "alone", text.format(rates="2e-3")), tmp_path / "killed", 2, 1, 9, random.Random(1))
+    hashed = lambda values: {id.rpartition("-")[2]: value for id, value in values.items()}
+    calm, killed = (hashed(without_times(results(tmp_path / name, TRAINED))) for name in ("calm", "killed"))
+    assert driver + kernel == 2 and len(calm) == 2 and len(killed) == 1
+    assert killed == {id: value for id, value in calm.items() if id in killed}
     check_once(tmp_path / "killed", 1)
+    for stage in ("prepare", "generate-base"):
+        assert [len(runs) for runs in makers(tmp_path / "calm", stage).values()] == [1], stage
+    assert len(makers(tmp_path / "calm", "train")) == 2 and {run["taken_over"] for run in json.loads(done.stdout)["runs"]} == {0, 2}
+    for run in (tmp_path / "calm" / "runs").iterdir():
+        assert medibuddy("verify", run / "run").returncode == 0
     report = read_json(tmp_path / "killed" / "report.json")
-    assert report["groups"][0]["n"] == calm[next(iter(calm))][2]["n"] and (tmp_path / "killed" / "report.html").exists()
+    assert report["groups"][0]["n"] == next(iter(killed.values()))[2]["n"] and "2 stages were taken over" in (tmp_path / "calm" / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from .progress import Board
 from .worker import DISK_STATUS, DRIVER, run_key
 from ..hardware import usable_cpu_count
 from ..run import RunError, UsageError, code_sha256, locked, read_json, write_atomic, write_json
+from ..sharing import BATCH
 
 # %% ../../nbs/api/70c_batch_driver.ipynb #305d7c76
 def outcomes(
@@ -129,9 +130,10 @@ class LocalPlace:
         self,
         jobs: int | None = None,  # runs at a time; None is one for each GPU, or one
         threads: int | None = None,  # processor threads of each run; None leaves that to the libraries
+        share: Path | None = None,  # batch folder whose runs share finished stages; None is the one that a run is in
     ):
         self.gpus = visible_gpus()
-        self.slots, self.threads = jobs or max(len(self.gpus), 1), threads
+        self.slots, self.threads, self.share = jobs or max(len(self.gpus), 1), threads, share
 
     def start(
         self,
@@ -140,7 +142,7 @@ class LocalPlace:
         slot: int,  # from 0
     ) -> Any:
         "Start an attempt"
-        environment = os.environ | {MARK: str(folder.parents[1]), DRIVER: str(os.getpid())}
+        environment = os.environ | {MARK: str(folder.parents[1]), DRIVER: str(os.getpid()), BATCH: str(self.share or folder.parents[3])}
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         if self.threads:
@@ -355,7 +357,7 @@ def run_batch(
     if jobs is not None and jobs < 1:
         raise UsageError(f"`jobs` is {jobs}; give a number of runs at a time of at least 1.")
     if find_spec("papermill") is None or find_spec("ipykernel") is None:
-        raise UsageError("a batch needs papermill and ipykernel: pip install 'medibuddy[batch]'.")
+        raise UsageError("a batch needs papermill and ipykernel: pip install papermill ipykernel.")
     with locked(folder / "ledger"):  # not the folder itself: taking a lock sweeps temporary files, and a worker's must stay until it is ended
         end_processes(folder / "runs")
         write_atomic(folder / "ledger" / "plan.yaml", plan.path.read_text(encoding="utf-8"))

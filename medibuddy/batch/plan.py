@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['RUN_PARAMETERS', 'test_value', 'SEARCH_KEYS', 'PLAN_KEYS', 'read_notebook', 'code_of', 'notebook_parameters',
            'plain_value', 'check_value', 'PlannedRun', 'Plan', 'run_id', 'expand', 'parameter_sets', 'check_search',
-           'check_parameters', 'check_recipe_values', 'read_plan_file', 'whole', 'load_plan']
+           'check_parameters', 'check_recipe_values', 'read_plan_file', 'whole', 'load_plan', 'place_settings']
 
 # %% ../../nbs/api/70_batch_plan.ipynb #4201cbf7
 import ast
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from itertools import product
@@ -290,3 +291,24 @@ def load_plan(
         raise UsageError(f"plan {path}: a `search` is over one notebook, and `parameters` may hold no lists beside it; move them into `search.space`.")
     check_parameters(plan)
     return plan
+
+# %% ../../nbs/api/70_batch_plan.ipynb #7e1a7440
+def place_settings(
+    plan: Plan,
+    place: str,  # "ray" or "sagemaker"
+    defaults: dict[str, Any],  # every key that the place knows
+    numbers: tuple[str, ...],  # those that are numbers
+    zero: bool,  # whether they may be 0
+) -> dict[str, Any]:  # with defaults filled in
+    "Check keys and numbers of what a plan says of a place; raises `UsageError`"
+    given = getattr(plan, place)
+    for key in given:
+        if key not in defaults:
+            raise UsageError(f"plan {plan.path}: unknown key `{place}.{key}`.{nearest(key, defaults)}")
+    settings = defaults | given
+    for key in numbers:
+        value = settings[key]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < 0 or (value == 0 and not zero):
+            raise UsageError(f"plan {plan.path}: `{place}.{key}` is {value!r}; give a number {'of at least' if zero else 'above'} 0.")
+    return settings

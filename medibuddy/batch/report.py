@@ -39,8 +39,9 @@ def run_facts(
     spec = folder / "attempts" / str(state["attempts"]) / "spec.json"
     facts["changes"] = read_json(spec)["changes"] if spec.exists() else {}
     stages = read_json(run_dir / "manifest.json").get("stages", {}) if (run_dir / "manifest.json").exists() else {}
-    training = stages.get("train", {})
-    facts |= {"stage_seconds": round(sum(stage["seconds"] for stage in stages.values()), 1)} | {key: training[key] for key in ("cost", "energy_kwh", "tokens") if key in training}
+    own, taken = ([stage["seconds"] for stage in stages.values() if ("taken_from" in stage) == there] for there in (False, True))
+    training = stages.get("train", {}) if "taken_from" not in stages.get("train", {}) else {}  # what another run paid for is counted there
+    facts |= {"stage_seconds": round(sum(own), 1), "taken_over": len(taken), "taken_over_seconds": round(sum(taken), 1)} | {key: training[key] for key in ("cost", "energy_kwh", "tokens") if key in training}
     losses = [row["eval_loss"] for row in read_jsonl(run_dir / "log.jsonl", torn=True) if "eval_loss" in row] if (run_dir / "log.jsonl").exists() else []
     facts["validation_loss"] = losses[-1] if losses else None
     if state["state"] == "done" and (run_dir / "comparison.json").exists():
@@ -203,10 +204,12 @@ def batch_tables(
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ title }}</title>
 <style>body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:62em;margin:2em auto;padding:0 1em}table{border-collapse:collapse;display:block;overflow-x:auto;margin:.5em 0 2em}
-caption,p.caption{text-align:left;color:#555}td,th{padding:.2em .8em .2em 0;text-align:right;vertical-align:top;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}img{max-width:100%}</style></head>
+caption,p.caption{text-align:left;color:#555}td,th{padding:.2em .8em .2em 0;text-align:right;vertical-align:top;border-bottom:1px solid #ddd;white-space:nowrap}
+td:first-child,th:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:7em;position:sticky;left:0;background:#fff}td.note,th.note{text-align:left;white-space:normal;min-width:14em}
+img{max-width:100%}@media(max-width:45em){p.caption::after{content:" The table can be pushed sideways."}}</style></head>
 <body><h1>{{ title }}</h1>{% for line in lines %}<p>{{ line }}</p>{% endfor %}
 {% if figure %}<img alt="Score of every parameter set against each parameter" src="data:image/png;base64,{{ figure }}">{% endif %}
-{% for t in tables %}<p class="caption">{{ t.caption }}</p><table><thead><tr>{% for h in t.head %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>{% for r in t.rows %}<tr>{% for c in r %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>{% endfor %}
+{% for t in tables %}<p class="caption">{{ t.caption }}</p><table tabindex="0"><thead><tr>{% for h in t.head %}<th scope="col"{% if h == "Note" %} class="note"{% endif %}>{{ h }}</th>{% endfor %}</tr></thead><tbody>{% for r in t.rows %}<tr>{% for c in r %}<td{% if t.head[loop.index0] == "Note" %} class="note"{% endif %}>{{ c }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>{% endfor %}
 </body></html>
 """
 
@@ -218,6 +221,8 @@ def summary_lines(
     runs, groups, pairs = facts["runs"], facts["groups"], facts["pairs"]
     states = {state: sum(run["state"] == state for run in runs) for state in ("done", "failed", "pruned", "waiting", "running")}
     lines = [f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in states.items() if count)}. {duration(sum(run['seconds'] for run in runs))} of machine time in all attempts" + (f", cost {sum(run.get('cost', 0) for run in runs):g}." if any("cost" in run for run in runs) else ".")]
+    if taken := sum(run["taken_over"] for run in runs):
+        lines.append(f"{taken} stages were taken over from another run that had finished the same; doing them again would have taken {duration(sum(run['taken_over_seconds'] for run in runs))}.")
     if groups:
         best = groups[0]
         beaten = [pair for pair in pairs if pair["a"] == best["group"] and pair["real"]]

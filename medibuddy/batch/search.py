@@ -175,7 +175,7 @@ def drive_search(
     try:
         import optuna  # noqa: F401
     except ImportError:
-        raise UsageError("a `search` needs Optuna: pip install 'medibuddy[search]'.") from None
+        raise UsageError("a `search` needs Optuna: pip install optuna.") from None
     search, history, fixed = batch.plan.search, [], batch.plan.grid[0]
     while len(history) < search["trials"]:
         numbers = range(len(history), min(len(history) + search["at_once"], search["trials"]))

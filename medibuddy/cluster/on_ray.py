@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..batch.driver import lost_outcome
-from ..batch.plan import Plan
+from ..batch.plan import Plan, place_settings
 from ..batch.worker import cause_of
 from .node import fetch_run, make_task, push_inputs, run_task
 from .storage import open_storage
-from ..recipe import nearest
 from ..run import UsageError
 
 # %% ../../nbs/api/71b_cluster_ray.ipynb #53a7b2bd
@@ -26,15 +25,9 @@ def ray_settings(
     plan: Plan,
 ) -> dict[str, Any]:  # with defaults filled in
     "Check what a plan says of Ray; raises `UsageError`"
-    for key in plan.ray:
-        if key not in RAY_KEYS:
-            raise UsageError(f"plan {plan.path}: unknown key `ray.{key}`.{nearest(key, RAY_KEYS)}")
-    settings = RAY_KEYS | plan.ray
+    settings = place_settings(plan, "ray", RAY_KEYS, ("gpus", "cpus", "every"), zero=True)
     if not isinstance(settings["storage"], str) or not settings["storage"].strip():
         raise UsageError(f"plan {plan.path}: `ray.storage` is {settings['storage']!r}; name a folder that every node reaches, such as /mnt/shared/batch or s3://bucket/batch.")
-    for key in ("gpus", "cpus", "every"):
-        if isinstance(settings[key], bool) or not isinstance(settings[key], (int, float)) or settings[key] < 0:
-            raise UsageError(f"plan {plan.path}: `ray.{key}` is {settings[key]!r}; give a number of at least 0.")
     if settings["gpu_kind"] and not settings["gpus"]:
         raise UsageError(f"plan {plan.path}: `ray.gpu_kind` is {settings['gpu_kind']!r}, but `ray.gpus` is 0; say how many of them a run takes.")
     storage = settings["storage"].rstrip("/") if "://" in settings["storage"] else str((plan.path.parent / settings["storage"]).resolve())

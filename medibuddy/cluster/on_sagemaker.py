@@ -16,10 +16,9 @@ from typing import Any
 
 import medibuddy
 from ..batch.driver import lost_outcome
-from ..batch.plan import Plan
+from ..batch.plan import Plan, place_settings, whole
 from .node import fetch_run, make_task, push_inputs
 from .storage import open_storage
-from ..recipe import nearest
 from ..run import UsageError, read_json, write_atomic, write_json
 
 # %% ../../nbs/api/71d_cluster_sagemaker.ipynb #38116159
@@ -31,19 +30,15 @@ def sagemaker_settings(
     plan: Plan,
 ) -> dict[str, Any]:  # with defaults filled in
     "Check what a plan says of SageMaker; raises `UsageError`"
-    for key in plan.sagemaker:
-        if key not in SAGEMAKER_KEYS:
-            raise UsageError(f"plan {plan.path}: unknown key `sagemaker.{key}`.{nearest(key, SAGEMAKER_KEYS)}")
-    settings = SAGEMAKER_KEYS | plan.sagemaker
+    settings = place_settings(plan, "sagemaker", SAGEMAKER_KEYS, ("hours", "volume_gb", "jobs"), zero=False)
+    if not whole(settings["jobs"], 1):
+        raise UsageError(f"plan {plan.path}: `sagemaker.jobs` is {settings['jobs']!r}; give a whole number of jobs at a time.")
     settings["role"] = settings["role"] or os.environ.get("SAGEMAKER_ROLE")
     for key, example in (("storage", "s3://bucket/batch"), ("role", "arn:aws:iam::123456789012:role/medibuddy"), ("image", "a training image with Python 3.11 from ECR"), ("instance_type", "ml.g5.2xlarge")):
         if not isinstance(settings[key], str) or not settings[key].strip():
             raise UsageError(f"plan {plan.path}: `sagemaker.{key}` is {settings[key]!r}; give {example}.")
     if not settings["storage"].startswith("s3://"):
         raise UsageError(f"plan {plan.path}: `sagemaker.storage` is {settings['storage']!r}; training jobs read and write S3, so give s3://BUCKET/FOLDER.")
-    for key in ("hours", "volume_gb", "jobs"):
-        if isinstance(settings[key], bool) or not isinstance(settings[key], (int, float)) or settings[key] <= 0:
-            raise UsageError(f"plan {plan.path}: `sagemaker.{key}` is {settings[key]!r}; give a number above 0.")
     names = {name for values in plan.grid for name in values} | set((plan.search or {}).get("space", {}))
     for name in sorted(names):
         if any(word in name.lower() for word in SECRET_WORDS):

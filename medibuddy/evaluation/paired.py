@@ -262,6 +262,8 @@ def sign_flip_p(
     differences: np.ndarray,  # paired differences other than 0, at least one
 ) -> float:  # two-sided
     "Sign-flip permutation test of a mean paired difference"
+    if len(differences) == 1:
+        return 1.0  # both of its signs are as far from zero; SciPy refuses a single observation
     if 2 ** len(differences) <= PERMUTATIONS:
         return float(permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=PERMUTATIONS, vectorized=True, axis=-1).pvalue)
     random, width, total = np.random.default_rng(SEED), (len(differences) + 7) // 8, differences.sum()

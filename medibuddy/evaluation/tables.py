@@ -307,10 +307,11 @@ def cost_table(
         seconds, tokens = stage.get("seconds"), stage.get("tokens", stage.get("new_tokens"))
         rate = stage.get("tokens_per_second") or (tokens / seconds if tokens and seconds else None)
         memory = stage.get("peak_memory_mb")
-        rows.append([name, duration(seconds), UNKNOWN if memory is None else f"{thousands(memory)} MB", "–" if tokens is None else thousands(tokens), "–" if rate is None else thousands(rate)])
+        elsewhere = stage.get("taken_from", "").split("/")[1:2]
+        rows.append([name + "".join(f" (taken over from {run})" for run in elsewhere), duration(seconds), UNKNOWN if memory is None else f"{thousands(memory)} MB", "–" if tokens is None else thousands(tokens), "–" if rate is None else thousands(rate)])
     if rows:
-        total = sum(stage.get("seconds") or 0 for stage in facts["manifest"]["stages"].values())
-        rows.append(["all", duration(total), "", "", ""])
+        total = sum(stage.get("seconds") or 0 for stage in facts["manifest"]["stages"].values() if "taken_from" not in stage)
+        rows.append(["all of its own" if any("taken_from" in stage for stage in facts["manifest"]["stages"].values()) else "all", duration(total), "", "", ""])
     return table("What the run cost. Memory is the peak of the process up to the end of the stage.", ["Stage", "Time", "Peak memory", "Tokens", "Tokens/s"], rows)
 
 # %% ../../nbs/api/44a_tables.ipynb #93015469
