@@ -72,8 +72,10 @@ def score_texts(
     limit = AutoTokenizer.from_pretrained(folder).model_max_length
     if places and limit > places:
         raise UsageError(f"the scoring model in {folder} reads {places} tokens, and its tokenizer does not cut texts there; set `model_max_length` in its tokenizer_config.json.")
+    asked = [pair for pair in pairs if all(text.strip() for text in pair)]
     scorer = BERTScorer(model_type=str(folder), num_layers=layers, batch_size=32, device=device)
-    return [list(map(float, values)) for values in zip(*scorer.score(*map(list, zip(*pairs))))] if pairs else []
+    values = iter(zip(*scorer.score(*map(list, zip(*asked))))) if asked else iter(())
+    return [list(map(float, next(values))) if all(text.strip() for text in pair) else [0.0] * 3 for pair in pairs]
 
 # %% ../../nbs/api/42b_bertscore.ipynb #b2032199
 def add_bertscore(
