@@ -67,17 +67,15 @@ def make_models(folder: Path) -> dict[str, Path]:
 
 def score_here(model_dir: str, texts: list[str], labels: tuple[str, ...], batch_size: int, repeats: int) -> tuple[list[float], list[int]]:
     "Seconds of each pass and the decisions, with medibuddy"
-    from medibuddy.data.chat import token_ids
-    from medibuddy.evaluation.choices import ChoicePrompt, score_choices, share_prefix
+    from medibuddy.evaluation.choices import ChoicePrompt, score_choices, share_prefix, tokenise_choices
     from medibuddy.models.loaders import load_base, load_tokenizer
 
     model, tokenizer = load_base(model_dir), load_tokenizer(model_dir)
 
     def once(texts: list[str]) -> list[int]:
-        ids = iter(token_ids([f"{text} {label}" for text in texts for label in labels], tokenizer))
         questions = []
-        for number in range(len(texts)):
-            prefix, tails = share_prefix([next(ids) for _ in labels])
+        for number, choices in enumerate(tokenise_choices([(text, labels) for text in texts], tokenizer)):
+            prefix, tails = share_prefix(choices)
             questions.append(ChoicePrompt(str(number), labels, prefix + [token for tail in tails for token in tail[:-1]], len(prefix), tails))
         return [max(range(len(labels)), key=list(scores.values()).__getitem__) for scores in score_choices(model, questions, batch_size)]
 

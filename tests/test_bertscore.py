@@ -11,7 +11,7 @@ import pytest
 
 from medibuddy import flow
 from medibuddy.evaluation.bertscore import scored_answers
-from medibuddy.run import read_json, read_jsonl
+from medibuddy.run import Run, read_json, read_jsonl, write_jsonl
 from medibuddy.verification import verify
 
 bert_score = pytest.importorskip("bert_score", reason="no bert-score; pip install 'medibuddy[eval]'")
@@ -35,8 +35,14 @@ def scorer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scored(finished_run, scorer, tmp_path_factory):
-    "A run with BERTScore"
+    "A run with BERTScore; most of its answers are given words, since a model tuned for four steps writes none"
     run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("scored") / "run"))
+    manifest = Run(run)
+    for which, words in (("base", "It cannot be said."), ("tuned", "The drug lowered the risk in both groups.")):
+        rows = read_jsonl(run / "generations" / f"{which}.jsonl")
+        write_jsonl(run / "generations" / f"{which}.jsonl", [rows[0], *(row | {"text": f"\n</think>\n\n{words} {row['id']}"} for row in rows[1:])])
+        manifest.record_files([f"generations/{which}.jsonl"])
+    manifest.save()
     flow.evaluate(run, bertscore=str(scorer), bertscore_layers=2)
     flow.compare(run)
     flow.report(run)
@@ -58,7 +64,7 @@ def test_every_answer_has_the_librarys_own_value(scored, scorer):
             wanted = [0.0] * len(rows)
             for place, value in zip(written, values.tolist(), strict=True):
                 wanted[place] = value
-            assert written and [row["bertscore"][number] for row in rows] == pytest.approx(wanted, abs=1e-9)
+            assert 0 < len(written) < len(rows) and [row["bertscore"][number] for row in rows] == pytest.approx(wanted, abs=1e-9)
             mean = read_json(scored / "metrics.json")[which]["bertscore"][("precision", "recall", "f1")[number]]
             assert mean == pytest.approx(sum(wanted) / len(wanted), abs=1e-9)
 
