@@ -2,9 +2,13 @@
 
 python benchmarks/eval_speed.py [--lm-eval PYTHON]      prints both rates and writes benchmarks/results/eval_speed.json
 
-`--lm-eval` names the interpreter of an environment with `lm_eval[hf]`, torch and transformers; without it this one is used. Both sides score 500 made-up questions of
-PubMedQA's length with yes, no and maybe as continuations, with the same batch size, in processes of their own that take turns; the time is that of
-scoring, tokenising included, loading not. A first pass over 32 questions is not counted. A disagreement in more than 1 in 200 decisions stops the benchmark: it would not be the same work.
+`--lm-eval` names the interpreter of an environment with `lm_eval[hf]`, torch and transformers; without it this one is used. Both sides score made-up questions of
+PubMedQA's length with the same batch size, in processes of their own that take turns; the time is that of scoring, tokenising included, loading not. A first pass over
+32 questions is not counted. A disagreement in more than 1 in 200 decisions stops the benchmark: it would not be the same work.
+
+Three tasks, over the same passages: `labels` asks for yes, no or maybe; `three-shot` the same behind three worked examples, the same for every question, as a few-shot task
+of the harness puts them there (`--num_fewshot 3` with a fixed sampler); `answer-texts` has five answers of several words each, as MedQA scored by its answer texts.
+
 `--add` counts the new turns together with those of the results file, so that a long comparison can be made in short pieces.
 """
 
@@ -21,15 +25,26 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "eval_speed.json"
 LABELS = ("yes", "no", "maybe")
+TEXTS = ("a lower risk of recurrence", "a higher risk of recurrence after twelve weeks", "no difference in blood pressure", "side effects in both groups", "none of these")
+TASKS = ("labels", "three-shot", "answer-texts")
 SIZES = {"tiny": None, "30m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}}
 WORDS = "patients treated with the drug had a lower risk of recurrence than those given placebo and blood pressure fell in both groups after twelve weeks while side effects were rare".split()
 
 
-def make_texts(count: int) -> list[str]:
+def make_passages(count: int, seed: int = 0) -> list[str]:
     "Texts as long as PubMedQA's: 200 words of context on average, 40 at least, 400 at most"
-    chance = random.Random(0)
+    chance = random.Random(seed)
     lengths = [min(400, max(40, round(chance.gauss(200, 60)))) for _ in range(count)]
-    return [f"{' '.join(chance.choices(WORDS, k=length))}.\n\nDoes the drug lower the risk of recurrence?\n\nFinal decision:" for length in lengths]
+    return [f"{' '.join(chance.choices(WORDS, k=length))}.\n\n" for length in lengths]
+
+
+def make_questions(task: str, count: int) -> tuple[list[str], tuple[str, ...]]:
+    "The texts that are asked, and the choices of each"
+    if task == "answer-texts":
+        return [f"{passage}What did the trial show?\n\nAnswer:" for passage in make_passages(count)], TEXTS
+    ask = "Does the drug lower the risk of recurrence?\n\nFinal decision:"
+    shots = [f"{passage}{ask} {label}\n\n" for passage, label in zip(make_passages(3, seed=1), LABELS)] if task == "three-shot" else []
+    return ["".join(shots) + passage + ask for passage in make_passages(count)], LABELS
 
 
 def make_models(folder: Path) -> dict[str, Path]:
@@ -50,26 +65,24 @@ def make_models(folder: Path) -> dict[str, Path]:
     return found
 
 
-def score_here(model_dir: str, texts: list[str], batch_size: int, repeats: int) -> tuple[list[float], list[int]]:
+def score_here(model_dir: str, texts: list[str], labels: tuple[str, ...], batch_size: int, repeats: int) -> tuple[list[float], list[int]]:
     "Seconds of each pass and the decisions, with medibuddy"
-    from medibuddy.data.chat import token_ids
-    from medibuddy.evaluation.choices import ChoicePrompt, score_choices, share_prefix
+    from medibuddy.evaluation.choices import ChoicePrompt, score_choices, share_prefix, tokenise_choices
     from medibuddy.models.loaders import load_base, load_tokenizer
 
     model, tokenizer = load_base(model_dir), load_tokenizer(model_dir)
 
     def once(texts: list[str]) -> list[int]:
-        ids = iter(token_ids([f"{text} {label}" for text in texts for label in LABELS], tokenizer))
         questions = []
-        for number in range(len(texts)):
-            prefix, tails = share_prefix([next(ids) for _ in LABELS])
-            questions.append(ChoicePrompt(str(number), LABELS, prefix + [token for tail in tails for token in tail[:-1]], len(prefix), tails))
-        return [max(range(3), key=list(scores.values()).__getitem__) for scores in score_choices(model, questions, batch_size)]
+        for number, choices in enumerate(tokenise_choices([(text, labels) for text in texts], tokenizer)):
+            prefix, tails = share_prefix(choices)
+            questions.append(ChoicePrompt(str(number), labels, prefix + [token for tail in tails for token in tail[:-1]], len(prefix), tails))
+        return [max(range(len(labels)), key=list(scores.values()).__getitem__) for scores in score_choices(model, questions, batch_size)]
 
     return timed(once, texts, repeats)
 
 
-def score_there(model_dir: str, texts: list[str], batch_size: int, repeats: int) -> tuple[list[float], list[int]]:
+def score_there(model_dir: str, texts: list[str], labels: tuple[str, ...], batch_size: int, repeats: int) -> tuple[list[float], list[int]]:
     "The same with lm-evaluation-harness and its hf backend, as its multiple-choice tasks ask it"
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -77,9 +90,9 @@ def score_there(model_dir: str, texts: list[str], batch_size: int, repeats: int)
     model = HFLM(pretrained=model_dir, device="cpu", dtype="float32", batch_size=batch_size)
 
     def once(texts: list[str]) -> list[int]:
-        requests = [Instance(request_type="loglikelihood", doc={}, arguments=(text, f" {label}"), idx=i) for text in texts for i, label in enumerate(LABELS)]
+        requests = [Instance(request_type="loglikelihood", doc={}, arguments=(text, f" {label}"), idx=i) for text in texts for i, label in enumerate(labels)]
         scores = [score for score, _ in model.loglikelihood(requests, disable_tqdm=True)]
-        return [max(range(3), key=scores[start : start + 3].__getitem__) for start in range(0, len(scores), 3)]
+        return [max(range(len(labels)), key=scores[start : start + len(labels)].__getitem__) for start in range(0, len(scores), len(labels))]
 
     return timed(once, texts, repeats)
 
@@ -104,13 +117,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
     parser.add_argument("--repeats", type=int, default=1, help="counted passes a turn")
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--add", action="store_true", help="count these turns together with those of the results file")
     parser.add_argument("--side", choices=("here", "there"), help=argparse.SUPPRESS)
     parser.add_argument("--model-dir", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    texts = make_texts(args.questions)
     if args.side:
-        seconds, decisions = (score_here if args.side == "here" else score_there)(args.model_dir, texts, args.batch_size, args.repeats)
+        texts, labels = make_questions(args.tasks[0], args.questions)
+        seconds, decisions = (score_here if args.side == "here" else score_there)(args.model_dir, texts, labels, args.batch_size, args.repeats)
         print("RESULT" + json.dumps({"seconds": seconds, "decisions": decisions}))
         return
     from medibuddy.hardware import describe_environment
@@ -125,29 +139,36 @@ def main() -> None:
         results["models"] = before["models"]
     with tempfile.TemporaryDirectory() as folder:
         for name, model_dir in make_models(Path(folder)).items():
-            if name in args.models:
-                results["models"][name] = compare(name, model_dir, args, environment, results["models"].get(name, {}))
+            for task in args.tasks if name in args.models else ():
+                tasks = results["models"].setdefault(name, {})
+                tasks[task] = compare(task, model_dir, args, environment, tasks.get(task, {}))
+                print(f"{name}: {spell(task, tasks[task])}")
     results["load_at_end"] = os.getloadavg()
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def compare(name: str, model_dir: Path, args: argparse.Namespace, environment: dict, before: dict) -> dict:
-    "Let both sides take turns on one model, and add the seconds to those measured before on as many questions"
+def spell(task: str, found: dict) -> str:
+    "A comparison in a line"
+    here, there = (statistics.median(found[side]) for side in ("medibuddy_seconds", "lm_eval_seconds"))
+    return f"{task}, {found['questions']} questions: lm-eval {there:.2f} s, medibuddy {here:.2f} s: {found['times_faster']:.2f} times faster; {found['decisions_that_differ']} decisions differ"
+
+
+def compare(task: str, model_dir: Path, args: argparse.Namespace, environment: dict, before: dict) -> dict:
+    "Let both sides take turns on one model and task, and add the seconds to those measured before on as many questions"
     before = before if before.get("questions") == args.questions else {}
     found = {"here": {"seconds": before.get("medibuddy_seconds", [])}, "there": {"seconds": before.get("lm_eval_seconds", [])}}
     for _ in range(args.rounds):
         for side, python in (("there", args.lm_eval), ("here", sys.executable)):
-            command = [python, __file__, "--side", side, "--model-dir", str(model_dir), "--questions", str(args.questions), "--batch-size", str(args.batch_size), "--repeats", str(args.repeats)]
+            command = [python, __file__, "--side", side, "--model-dir", str(model_dir), "--tasks", task, "--questions", str(args.questions), "--batch-size", str(args.batch_size), "--repeats", str(args.repeats)]
             output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
             part = json.loads(output.split("RESULT")[-1])
             found[side]["seconds"] += part["seconds"]
             found[side]["decisions"] = part["decisions"]
     unlike = sum(a != b for a, b in zip(found["here"]["decisions"], found["there"]["decisions"], strict=True))
     if unlike > args.questions / 200:
-        raise SystemExit(f"{name}: {unlike} of {args.questions} decisions differ; the two sides do not do the same work.")
+        raise SystemExit(f"{task}: {unlike} of {args.questions} decisions differ; the two sides do not do the same work.")
     here, there = (statistics.median(found[side]["seconds"]) for side in ("here", "there"))
-    print(f"{name}: lm-eval {there:.2f} s, medibuddy {here:.2f} s: {there / here:.2f} times faster; {unlike} decisions differ")
     return {"questions": args.questions, "medibuddy_seconds": found["here"]["seconds"], "lm_eval_seconds": found["there"]["seconds"], "times_faster": round(there / here, 2), "decisions_that_differ": unlike}
 
 

@@ -336,14 +336,24 @@ def evaluate_command(
     run: RunArgument = None,
     run_option: RunAgainOption = None,
     which: Annotated[str, typer.Option("--which", help="base, tuned or both.")] = "both",
+    backend: Annotated[str | None, typer.Option("--backend", help="Who answers: transformers or vllm. By default the one that answered before, transformers at first.")] = None,
+    python: Annotated[str | None, typer.Option("--python", help="With --backend vllm: interpreter that has vllm; medibuddy's own by default.")] = None,
+    bertscore: Annotated[str | None, typer.Option("--bertscore", metavar="MODEL", help="Also compute BERTScore with this scoring model, a folder or an id on the hub.")] = None,
+    bertscore_layers: Annotated[int | None, typer.Option("--bertscore-layers", metavar="N", help="The layer that BERTScore compares; bert-score knows the best one of the common models.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     "Let base and tuned model answer the test questions, and grade the answers."
     from medibuddy import flow
 
     path = which_run(run, run_option)
-    scores = flow.evaluate(path, which)
+    scores = flow.evaluate(path, which, backend, python, bertscore, bertscore_layers)
     lines = [f"{name}: {s['rows']} answers, {s['n']} graded, accuracy {percent(s['accuracy'])}, {s['unparseable']} unparseable, {percent(s['stop_rate'])} end by themselves, token F1 {s['token_f1']:.3f}" for name, s in scores.items()]
+    if bertscore:
+        from medibuddy.evaluation.bertscore import bertscore_line
+        from medibuddy.run import read_json
+
+        lines += [f"{name}: BERTScore F1 {s['bertscore']['f1']:.4f}" for name, s in scores.items() if s["bertscore"]]
+        lines.append(bertscore_line(read_json(path / "bertscore.json"), any(s["bertscore"] for s in scores.values())))
     show(scores, "\n".join([*lines, f"Next: medibuddy compare {path}"]), as_json)
 
 # %% ../nbs/api/90_cli.ipynb #d22ff405

@@ -266,6 +266,7 @@ def check_chain(
     notes: list[str],  # what could not be checked is added here
 ) -> Iterator[Problem]:
     "Walk from the rows to the report"
+    from medibuddy.evaluation.bertscore import scored_answers
     from medibuddy.evaluation.metrics import metrics
     from medibuddy.evaluation.paired import compare_paired
     from medibuddy.flow import task_labels
@@ -283,7 +284,9 @@ def check_chain(
     for model in which:
         yield from check_answers(run, recipe, model, tokenizer)
     if "score" in stages:
-        rows = {w: read_jsonl(run.path / f"generations/{w}.jsonl") for w in which}
+        rows = {w: scored_answers(run.path, w) for w in which}
+        if any("bertscore" in row for part in rows.values() for row in part):
+            notes.append("the BERTScore of each answer was taken from bertscore.json as it is, since its model is not loaded to verify a run")
         test = [Example.from_dict(row) for row in read_jsonl(run.path / "data" / "test.jsonl")]
         references, labels = {example.id: example for example in test}, task_labels(test)
         recompute = {"metrics.json": lambda: {w: metrics(rows[w], labels, references) for w in read_json(run.path / "metrics.json")}}

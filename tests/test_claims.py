@@ -61,6 +61,18 @@ def test_every_way_of_rounding_passes(rounding):
     ("78.1 % of 2.5 million rows", []),
     ("100 questions, 5 % of 20 % of them", []),
     ("| Accuracy | 62.0 % | 78.0 % |", []),
+    ("accuracy of 78.1% on the 100-question test set", [("78.1", 100, False)]),
+    ("78.1% accuracy (100 samples)", [("78.1", 100, False)]),
+    ("On 100 test questions, accuracy rose from 62.8% to 78.1%.", [("62.8", 100, False), ("78.1", 100, False)]),
+    ("| tuned | 78.1 % | n = 100 |", [("78.1", 100, False)]),
+    ("n=100, accuracy 78.1%", [("78.1", 100, False)]),
+    ("PubMedQA (100 examples): 78.1%", [("78.1", 100, False)]),
+    ("accuracy = 78.1% [95% CI 70-85], n = 100", [("78.1", 100, False)]),
+    ("On 100 questions, 12.5% of the women answered", []),
+    ("100 patients were asked, and scores fell by 3.7 %", []),
+    ("Trained on 450 rows, reaching 78.1% accuracy", []),
+    ("Of 100 questions answered, F1 43.2%", []),
+    ("On 100 questions the answer was right; inflation was 3.7%.", []),
 ])
 def test_reading_claims(text, wanted):
     assert [(c.percentage, c.n, c.possible) for c in find_claims(text)] == wanted

@@ -101,20 +101,20 @@ def test_choices_stand_in_rows_metrics_and_report(drawn_run):
 
 
 def test_forced_answers_are_told_apart_and_graded_nowhere(tmp_path):
-    (tmp_path / "rows.json").write_text(json.dumps(pubmedqa_rows()), encoding="utf-8")
     run = tmp_path / "run"
-    flow.train(Recipe.load("tiny", path=str(tmp_path / "rows.json"), source="pubmedqa", max_steps=1, test_fraction=0.3, max_new_tokens=4, eval_batch_size=4, force_answer=True), run)
+    flow.train(Recipe.load("tiny", limit=300, max_steps=1, max_new_tokens=24, force_answer=True, perplexity=False), run)
     for stage in (flow.evaluate, flow.compare, flow.report):
         stage(run)
     found = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     for which in ("base", "tuned"):
         rows, scores = read_jsonl(run / "generations" / f"{which}.jsonl"), found[which]
-        cut = [row for row in rows if row["stop_reason"] == "length"]
-        assert [row["forced"] in ("yes", "no", "maybe") for row in cut] == [True] * len(cut) and not any("forced" in row for row in rows if row not in cut)
-        right = sum(row["forced"] == row["gold"] for row in cut)
-        assert scores["forced"] == ({"asked": len(cut), "correct": right, "accuracy_with_them": pytest.approx((scores["correct"] + right) / scores["n"])} if cut else None)
-        assert all(row["decision"] is None for row in cut) and scores["unparseable"] >= len(cut)
-    assert found["base"]["forced"] or found["tuned"]["forced"]
+        asked = [row for row in rows if row["stop_reason"] == "length" and row["gold"] is not None]
+        # the run has all kinds: answers cut off, answers that ended, and open questions cut off, which have no decision to force
+        assert asked and any(row["stop_reason"] == "stop" for row in rows) and any(row["stop_reason"] == "length" and row["gold"] is None for row in rows)
+        assert [row["id"] for row in rows if "forced" in row] == [row["id"] for row in asked]
+        right = sum(row["forced"] == row["gold"] for row in asked)
+        assert scores["forced"] == {"asked": len(asked), "correct": right, "accuracy_with_them": pytest.approx((scores["correct"] + right) / scores["n"])}
+        assert all(row["decision"] is None for row in asked) and scores["unparseable"] >= len(asked)
     for name in ("report.md", "report.html"):
         assert "Answers that were cut off" in (run / name).read_text(encoding="utf-8")
     assert verify(run).ok

@@ -11,7 +11,7 @@ __all__ = ['END_OF_TURN', 'THINK_MARK', 'STRUCK', 'MATH', 'TAG', 'ANSWER_OVER', 
 import re
 from dataclasses import dataclass
 
-from .statements import CHATTY, SENTENCE_OVER, Claim, answered_claim, closing_claims, either, last_line_claim, marked_claims, opening_claim, phrase_claims, whole_claim
+from .statements import CHATTY, SENTENCE_OVER, Claim, answered_claim, bracketed_claim, closing_claims, either, last_line_claim, marked_claims, opening_claim, phrase_claims, whole_claim
 from .wording import NOT_MEANT, Spelling, spelling
 
 # %% ../../nbs/api/41_extract.ipynb #8cc6e401
@@ -32,7 +32,7 @@ def opens_reasoning(
 
 # %% ../../nbs/api/41_extract.ipynb #09b70365
 END_OF_TURN = re.compile(r"<[|｜](?:end[▁_]of[▁_]sentence|eot_id|im_end|end_of_text|endoftext|eom_id|end|User)[|｜]>|</s>|<end_of_turn>|<eos>", re.IGNORECASE)
-THINK_MARK = re.compile(r"<(/?)think(?:ing)?\s{0,3}>", re.IGNORECASE)
+THINK_MARK = re.compile(r"<(/?)think(?:ing)?\s{0,3}>|^#{1,3} (?:Thinking|(Final Response)) *$", re.IGNORECASE | re.MULTILINE)  # HuatuoGPT-o1 writes headings
 
 
 def answer_bounds(
@@ -42,7 +42,7 @@ def answer_bounds(
     "Find the part of a generated text that is the answer"
     end_of_turn = END_OF_TURN.search(text)
     end = end_of_turn.start() if end_of_turn else len(text)
-    marks = [(mark.end(), mark[1] == "/") for mark in THINK_MARK.finditer(text, 0, end)]
+    marks = [(mark.end(), mark[1] == "/" or bool(mark[2])) for mark in THINK_MARK.finditer(text, 0, end)]
     closed = any(closing for _, closing in marks)
     if marks and not marks[-1][1]:  # a <think> that nothing closes
         return None
@@ -90,7 +90,7 @@ def without_lists(
 REPAIR = re.compile(
     rf"(?:^|[.!?\n→—–>(] ?)[\s*_\"'>]{{0,6}}(?:but |oh,? |no,? |and )?{either('wait|hold on|hmm|hmmm|actually|sorry|oops|correction:|edit:|update:|on reflection', 'on (?:second|further|closer|deeper) (?:thoughts?|reflection|reading|inspection|look)', 'let(?:’s|.s| me| us) (?:just |quickly )?(?:re-?)?(?:check|consider|think|read|look|examine|evaluate|verify)')}(?!\w)"
     rf"|[,;] (?:no,? wait|wait,? no|no,? sorry|sorry,? no|actually,? no|or rather|i mean)\b"
-    rf"|\b{either('scratch that|i doubt it|i doubt that|strike that|changed my mind|reconsider', '(?:that|this|which) (?:is|was|would be) (?:incorrect|wrong|false|not (?:right|correct))', 'no longer (?:sure|certain|confident)', 'not (?:so )?sure (?:of|about) (?:this|that)', 'i (?:take (?:that|it) back|was wrong|misread|made (?:a mistake|an error)|withdraw|retract)')}\b",
+    rf"|\b{either('scratch that|i doubt it|i doubt that|strike that|changed my mind|reconsider', 'it (?:really |all |just )?depends', '(?:that|this|which) (?:is|was|would be) (?:incorrect|wrong|false|not (?:right|correct))', 'no longer (?:sure|certain|confident)', 'not (?:so )?sure (?:of|about) (?:this|that)', 'i (?:take (?:that|it) back|was wrong|misread|made (?:a mistake|an error)|withdraw|retract)')}\b",
     re.IGNORECASE,
 )
 OTHER_AT_END = re.compile(r"(?:[,:;(—–→]|->|\b(?:so|thus|therefore|hence|then|is|be|becomes|an?|say|answer)) [\s*_\"'“(]{0,4}$", re.IGNORECASE)
@@ -165,7 +165,7 @@ def extract_decision(
     claims = sorted([*marked_claims(plain, here, spelled), *phrase_claims(plain, here, spelled), *closing_claims(plain, here, spelled)], key=lambda claim: claim.start)
     judged = frozenset(claim.start for claim in claims)
     claims = without_lists(plain, claims)
-    edges = [opening_claim(plain, here, here, spelled), last_line_claim(plain, here, spelled)]
+    edges = [opening_claim(plain, here, here, spelled), last_line_claim(plain, here, spelled), bracketed_claim(plain, here, spelled)]
     claims = sorted({claim.start: claim for claim in [*filter(None, edges), *claims]}.values(), key=lambda claim: claim.start)
     alone = None if claims else answered_claim(plain, here, spelled)
     return verdict(plain, [alone] if alone else claims, spelled, judged)

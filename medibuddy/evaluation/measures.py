@@ -129,7 +129,7 @@ def consultation_family(
     return {name: measure for name, measure in found.items() if measure.base[:, 1].any() and measure.tuned[:, 1].any()}
 
 # %% ../../nbs/api/43a_measures.ipynb #55f5a625
-MEASURE_NAMES = {"accuracy": "Accuracy", "macro_f1": "Macro-F1", "perplexity": "Perplexity of the reference (lower is better)"} | NAMES | CONSULTATION_NAMES
+MEASURE_NAMES = {"accuracy": "Accuracy", "macro_f1": "Macro-F1", "perplexity": "Perplexity of the reference (lower is better)", "bertscore": "BERTScore F1"} | NAMES | CONSULTATION_NAMES
 
 
 def holm(

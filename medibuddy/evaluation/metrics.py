@@ -21,6 +21,7 @@ from ..data.specialties import specialty_of
 from .calibration import calibration
 from .consultation import CONSULTATION_NAMES, consultation_scores
 from .errors import count_errors
+from .bertscore import bertscore_summary
 from .texts import answer_pairs, summarise_texts, text_statistics, token_f1
 from ..run import UsageError
 
@@ -253,7 +254,8 @@ def metrics(
         "by_specialty": scores_by(rows, labels, f1s, [example and specialty_of(example) for example in examples]),
         "by_question_type": scores_by(rows, labels, f1s, [example and question_type(example) for example in examples]),
         "by_answer_length": scores_by(rows, labels, f1s, [example and answer_length(example) for example in examples]),
-        "texts": summarise_texts(stats),
+        "texts": summarise_texts(stats, any("bertscore" in row for row in rows)),
+        "bertscore": bertscore_summary(rows),
         "perplexity": perplexity(rows),
         "consultation": consultation_summary(rows, pairs),
         "errors": count_errors(rows, references),

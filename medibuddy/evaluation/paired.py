@@ -19,7 +19,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from ..data.example import Example
-from .measures import Measure, compare_measures, consultation_family, holm, perplexity_of, text_family
+from .measures import Measure, compare_measures, consultation_family, holm, perplexity_of, mean_measure, text_family
 from .metrics import check_rows, class_scores, decided, mean, share, task_labels, text_scores, wilson
 from .texts import answer_pairs
 from ..run import UsageError
@@ -345,6 +345,8 @@ def compare_family(
     found |= compare_measures(text_family(*([side[i] for i in kept] for side in sides))) if kept else {}
     if kept:
         found["token_f1"] |= {"difference_ci": text["difference_ci"], "p": text["p"]}
+    scored = [pair for pair in pairs if all("bertscore" in row for row in pair)]
+    found |= compare_measures({"bertscore": mean_measure(*([pair[i]["bertscore"][2] for pair in scored] for i in (0, 1)))}) if scored else {}
     open_rows = [i for i in kept if pairs[i][0]["gold"] is None]
     found |= compare_measures(consultation_family(*([side[i] for i in open_rows] for side in sides))) if open_rows else {}
     return holm(found)

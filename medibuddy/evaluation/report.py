@@ -19,6 +19,7 @@ import medibuddy
 from ..data.example import Example
 from ..data.specialties import specialty_of
 from .figures import draw_figures
+from .bertscore import bertscore_line
 from .errors import error_types
 from .measures import MEASURE_NAMES, undecided
 from .metrics import decided, text_scores
@@ -100,6 +101,7 @@ def collect(
         "manifest": manifest,
         "general": read_if_there(run.path / "general.json", read_json, {}),
         "behaviour": read_if_there(run.path / "behaviour.json", read_json, {}),
+        "bertscore": read_if_there(run.path / "bertscore.json", read_json, {}),
         "harness": read_if_there(run.path / "harness.json", read_json, {}),
         "metrics": read_json(run.path / "metrics.json"),
         "comparison": read_json(run.path / "comparison.json"),
@@ -238,10 +240,12 @@ def not_computed(
     missing = facts["metrics"].get("base", {}).get("texts", {}).get("not_computed", {})
     reasons: dict[str, list[str]] = {}
     for name, reason in missing.items():
-        reasons.setdefault(reason, []).append(MEASURE_NAMES.get(name, "BERTScore"))
+        if name != "bertscore":  # which has a line of its own
+            reasons.setdefault(reason, []).append(MEASURE_NAMES[name])
     signatures = facts["metrics"].get("base", {}).get("texts", {}).get("signatures", {})
     told = [f"{MEASURE_NAMES.get(name, 'ROUGE')}: {signature}." for name, signature in signatures.items()]
-    return " ".join([*told, *(f"{', '.join(names)}: {reason}." for reason, names in reasons.items())])
+    scored = any(part.get("bertscore") for part in facts["metrics"].values())
+    return " ".join([*told, *(f"{', '.join(names)}: {reason}." for reason, names in reasons.items()), bertscore_line(facts["bertscore"], scored)])
 
 
 def leak_line(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DECISIONS', 'NOUNS', 'ASKED', 'OTHER_LANGUAGES', 'MARKER', 'ABOUT', 'ASIDE', 'IS', 'FIRMLY', 'LINK', 'INSTEAD',
            'BOXED', 'BOXED_TEXT', 'BOX_DENIED', 'CHOSEN', 'SO', 'ONLY_ONE', 'LEFT_OVER', 'SUPPORTED', 'CORRESPONDS',
-           'IMPERATIVE', 'CHECKED', 'CALLED', 'SENTENCE_OVER', 'LETTER_OVER', 'OPTION_IS', 'IS_RIGHT', 'ANY', 'FOREIGN',
-           'ENGLISH', 'TALK', 'CHATTY', 'LIMITED', 'SURE', 'FULL_CLAUSE', 'MEASURED', 'SET_OFF', 'LETTER_SET_OFF',
-           'OPTION_LINE', 'OPTION_INLINE', 'CLOSING', 'META', 'PRESENT', 'ANSWERED', 'Claim', 'either', 'linked',
-           'marked_claims', 'phrase_claims', 'whole_claim', 'opening_claim', 'closing_claims', 'last_line_claim',
-           'answered_claim']
+           'IMPERATIVE', 'CHECKED', 'CALLED', 'SENTENCE_OVER', 'LETTER_OVER', 'OPTION_IS', 'IS_RIGHT', 'MAKES',
+           'THE_ANSWER', 'ANY', 'FOREIGN', 'ENGLISH', 'TALK', 'CHATTY', 'LIMITED', 'SURE', 'FULL_CLAUSE', 'MEASURED',
+           'SET_OFF', 'LETTER_SET_OFF', 'OPTION_LINE', 'SMALL_LETTER', 'BRACKETED', 'OPTION_INLINE', 'ANSWERING',
+           'CLOSING', 'META', 'PRESENT', 'ANSWERED', 'Claim', 'either', 'linked', 'marked_claims', 'phrase_claims',
+           'whole_claim', 'opening_claim', 'bracketed_claim', 'closing_claims', 'last_line_claim', 'answered_claim']
 
 # %% ../../nbs/api/40f_statements.ipynb #2055a999
 import re
@@ -43,7 +43,7 @@ NOUNS = either("decision|answer|verdict|conclusion|choice|option|judgement|judgm
 ASKED = either("diagnosis|step|management|treatment|therapy|cause|explanation|test")  # "the most likely diagnosis is B"
 OTHER_LANGUAGES = r"(?:最终|正确)?(?:答案|决定|选择|选项)|(?:respuesta|réponse|antwort|risposta|resposta)"
 MARKER = re.compile(
-    rf"(?<![\w-])(?P<noun>final[ _]?{DECISIONS}|{NOUNS}|(?:(?<=\n)|(?<![\s\S])|(?<=\? ))A(?=: )|(?:final|correct|key|solution)(?=\s{{0,2}}[:：])|(?:most likely|likeliest|most appropriate|best|correct|right) (?:next |initial |first )?{ASKED}(?: in management)?)\b"
+    rf"(?<![\w-])(?P<noun>final[ _]?{DECISIONS}|{NOUNS}|(?:(?<=\n)|(?<![\s\S])|(?<=\? ))A(?=: )|(?:final|correct|key|solution)(?=\s{{0,2}}[:：])|(?:most likely|likeliest|most appropriate|best|correct|right) (?:next |initial |first )?{ASKED}(?: in management)?|(?:drug|agent|treatment|therapy|test|investigation) of choice|chosen(?=\s{{0,2}}[:：])|yes ?/ ?no(?: ?/ ?maybe)?(?=\s{{0,2}}[:：]))\b"
     rf"|(?P<foreign>{OTHER_LANGUAGES})(?: (?:correcta|correcte|corretta|final))?",
     re.IGNORECASE,
 )
@@ -52,7 +52,7 @@ ASIDE = r", (?:in short|then|therefore|thus|however|in brief|without (?:a |any )
 IS = either("isn['’]t|is|must be|remains|has to be|would have to be|can only be|will have to be|ought to be|would be|should be|will be|cannot be|can['’]t be|es|est|ist|è|é", "would (?:therefore|thus|then|hence) be")
 FIRMLY = either("clear|firm|definite|resounding|unequivocal|emphatic|unqualified|unambiguous|unreserved|categorical|straightforward|simple|plain|outright|flat|strong")
 LINK = re.compile(
-    rf"(?P<gap>(?:\s?[\[(][^\])\n]{{1,40}}[\])](?=\s{{0,2}}[:：])|{ABOUT}| here| on this|{ASIDE})?(?:{OPEN}(?:{IS}(?!\w)|:|：|=>|->|=|[→➜➔⇒⟶]|是|为|选|[-–—](?=\s)|\|)){{0,3}}(?:{ASIDE})?{OPEN})"
+    rf"(?P<gap>(?:\s?[\[(][^\])\n]{{1,40}}[\])](?=\s{{0,2}}[:：]| is ?[:：])|{ABOUT}| here| on this|{ASIDE})?(?:{OPEN}(?:{IS}(?!\w)|:|：|=>|->|=|[→➜➔⇒⟶]|是|为|选|[-–—](?=\s)|\|)){{0,3}}(?:{ASIDE})?{OPEN})"
     rf"(?P<adverbs>(?:(?:{either('therefore|thus|hence|clearly|definitely|simply|indeed|still|then|again|option|choice|letter|answer|number|most|likely|la|el|die')}|an?(?= {FIRMLY})|{FIRMLY})\b[,:]? ){{0,4}}(?:an? (?=[\"“*']{{0,3}}(?:yes|no|maybe)\b(?! \w)))?)"
     rf"(?P<negation>(?:(?:definitely|certainly|clearly|probably|most)? ?\b(?:not|never|neither|nor|no longer|hardly|anything but)\b(?: (?:an?(?= [\"“*]?(?:yes|no|maybe|clear|definite|firm)\b)|option|simply|the))?)?){OPEN}",
     re.IGNORECASE,
@@ -106,7 +106,7 @@ BOXED = re.compile(r"\\boxed\s{0,3}\{\s{0,12}\{?\s{0,3}\(?")
 BOXED_TEXT = re.compile(r"\s{0,3}\)?(?:[.:)] {0,9}\{?[^{}\n]{1,80}\}?)?[\s}]{0,6}\}")
 BOX_DENIED = re.compile(r"\b(?:not|never|cannot|neither|whether|wrong|incorrect|rules? out|could|might|may)\b|n['’]t\b", re.IGNORECASE)
 CHOSEN = re.compile(
-    rf"\b(?:(?:[Tt]his|[Tt]he) question (?:can|should|must|is)(?: be)?(?: best)? answered(?: with)?|(?:I|[Ww]e)(?:['’]d|['’]ll|['’]m| am| would| will| must| can| have to)?(?: therefore| thus| hence| still)? {either('choose|select|pick|go with|going with|go for|opt for|answer|say|vote|decide on|decided on|settle on|settled on', '(?:call|classify|label|rate|judge) (?:this|it)(?: one)?(?: as)?', 'conclude:')})(?: (?:this|the) question)?(?: with)?(?: an?(?= [*\"“]{{0,3}}(?:yes|no|maybe)\b))?(?: (?:option|answer|choice|letter))? {{0,2}}[(*\"“]{{0,3}}"
+    rf"\b(?:(?:[Tt]his|[Tt]he) question (?:can|should|must|is)(?: be)?(?: best)? answered(?: with)?|(?:I|[Ww]e)(?:['’]d|['’]ll|['’]m| am| would| will| must| can| have to|['’]m going to| am going to)?(?: therefore| thus| hence| still)? {either('choose|select|pick|favour|favor|go with|going with|go for|opt for|answer|say|vote|decide on|decided on|settle on|settled on', '(?:call|classify|label|rate|judge) (?:this|it)(?: one)?(?: as)?', 'conclude:')})(?: (?:this|the) question)?(?: with)?(?: an?(?= [*\"“]{{0,3}}(?:yes|no|maybe)\b))?(?: (?:option|answer|choice|letter))? {{0,2}}[(*\"“]{{0,3}}"
 )
 SO = either("so|therefore|thus|hence|consequently|accordingly|∴")
 ONLY_ONE = either("it is|it's|it’s|it must be|must be|go with|letter:|leaving", "eliminating [^.\\n]{1,60} leaves", "(?:this|that|which) leaves", "by (?:elimination|exclusion)[,:]")
@@ -120,13 +120,16 @@ IMPERATIVE = re.compile(r"(?:^|(?<=[.!?\n])) {0,3}(?:choose|pick|select|go with)
 CHECKED = re.compile(r"(?:^|(?<=\n))[ *-]{0,4}(?:[\[(][xX✓✔✅][\])]|☑️?|✅) {1,3}")
 CALLED = re.compile(rf"(?:^|(?<=[.!?\n])) {{0,3}}(?:it|that|this)(?:['’]s| is| would be) (?:definitely |clearly |certainly )?an? (?:{FIRMLY} )?[*\"“]{{0,3}}", re.IGNORECASE)
 SENTENCE_OVER = re.compile(r"[*_\"'”]{0,3}(?: from me)?[.!]{0,3}[*_\"'”]{0,3}\s{0,5}(?:\n|$)|[*_]{0,3}[.!] ")
-LETTER_OVER = re.compile(r"[)*_]{0,4}(?: it is)?(?:[.!:;]? {0,3}(?:\n|$)|[.!] [A-Z])")
+LETTER_OVER = re.compile(r"[)*_]{0,4}(?: it is| then|, (?:doctor|obviously|clearly|of course|definitely))?(?:[.!:;]? {0,3}(?:\n|$)|[.!] [A-Z]|: (?=\w))")
 OPTION_IS = re.compile(r"(?:^|(?<=[\n.!?:;,*(]))[ *_(]{0,4}(?:(?:so|thus|therefore|hence|only|option|choice|answer|(?:I|we) (?:conclude|think|believe)(?: that)?),? ){0,3}[(*]{0,3}(?=[A-Z][)*. ])", re.IGNORECASE)
 IS_RIGHT = re.compile(
     r"[)*.]{0,4} is (?:(?:clearly|therefore|thus|indeed|definitely|the|my|single|most) ){0,4}(?:correct|right|best|appropriate|answer)(?: (?:answer|option|choice|one|next step))?"
-    r"(?=\s{0,2}(?:[.,;:!)*\n]|because|since|as|here|given|$))",
+    r"(?=\s{0,2}(?:[.,;:!)*\n]|because|since|as|here|given|$))"
+    r"|[)*]{0,4} (?:remains|is left)(?=\s{0,2}[.!])",
     re.IGNORECASE,
 )
+MAKES = re.compile(r"\bmakes? (?:option |choice )?[(*]{0,3}", re.IGNORECASE)
+THE_ANSWER = re.compile(r"[)*]{0,4} the (?:only |clear )?(?:correct |best |right |most likely |most appropriate )?(?:answer|choice|option)\b")
 ANY = re.compile("")
 
 # %% ../../nbs/api/40f_statements.ipynb #8d3280ca
@@ -138,7 +141,7 @@ def phrase_claims(
     "Claims by phrase: a box, `I choose B`, `B is correct`, `Therefore, yes.`"
     patterns = [(BOXED, "boxed", BOXED_TEXT if spelled.letters else re.compile(r"\.?\s{0,3}\)?[\s}]{0,6}\}")), (CHOSEN, "choice", ANY)]
     if spelled.letters:
-        patterns += [(OPTION_IS, "option statement", IS_RIGHT), (LEFT_OVER, "closing sentence", LETTER_OVER), (CORRESPONDS, "corresponding option", LETTER_OVER), (IMPERATIVE, "choice", LETTER_OVER)]
+        patterns += [(OPTION_IS, "option statement", IS_RIGHT), (LEFT_OVER, "closing sentence", LETTER_OVER), (CORRESPONDS, "corresponding option", LETTER_OVER), (MAKES, "corresponding option", THE_ANSWER), (IMPERATIVE, "choice", LETTER_OVER)]
     else:
         patterns += [(SUPPORTED, "supported label", re.compile(r"[*_]{0,2}[\"”’']")), (CHECKED, "checked box", re.compile(r"[ *_.]{0,4}(?:\n|$)")), (CALLED, "verdict sentence", SENTENCE_OVER)]
     for pattern, rule, after in patterns:
@@ -164,14 +167,16 @@ TALK = either(
 )
 CHATTY = re.compile(rf"[\s,.!:—–-]{{1,4}}{TALK}\b", re.IGNORECASE)
 LIMITED = re.compile(
-    rf"[\s,;—–-]{{1,4}}{either('but|if|although|though|only|unless|in part|partly|partially|possibly|perhaps|probably|sometimes|except|maybe|not always|not necessarily|in theory|to some extent|in some|in animals|in mice|in rats|in vitro|in men|in women|in children|in adults')}\b", re.IGNORECASE
+    rf"[\s,;—–-]{{1,4}}(?!(?:al)?though (?:further|more|additional|larger|future) ){either('but|if|although|though|only|unless|in part|partly|partially|possibly|perhaps|probably|sometimes|except|maybe|not always|not necessarily|in theory|to some extent|in some|in animals|in mice|in rats|in vitro|in men|in women|in children|in adults')}\b", re.IGNORECASE
 )
 SURE = r"(?:(?:definitely|certainly|clearly|surely|absolutely|sure|indeed)(?:,|:| [-–—])? )?"  # an adverb that leaves no doubt; "probably yes" is left open
 FULL_CLAUSE = r"(?:it|they|there|these|this|the \w{1,30}) (?:\w{1,20} )?(?:is|are|was|were|does|do|did|has|have|had|works?|reduces?|improves?|increases?|appears?|can)\b"
 MEASURED = r" [(\[](?=see\b|table|fig|p ?[<=>]|n ?=|OR\b|HR\b|RR\b|CI\b|95|(?:low|moderate|high|strong|weak)\b)"  # "No (p = 0.4)."
 SET_OFF = re.compile(rf"{CLOSE}(?:[.,;:!—–]|\s[-—–]\s|\s{{0,3}}(?:\n|$)| {FULL_CLAUSE}|{MEASURED})")
-LETTER_SET_OFF = re.compile(rf"{CLOSE}(?:[.:!—–]|\s[-—–]\s|\s{{0,3}}\n|[)\]]\s|, (?:because|since|as|given)\b|, (?:and )?not (?:option )?\(?[A-Z]\)?[.!]?\s{{0,3}}(?:\n|$))|[*_\"]{{0,3}}[)\]]")
+LETTER_SET_OFF = re.compile(rf"{CLOSE}(?:[.:!—–]|\s[-—–]\s|\s{{0,3}}\n|[)\]]\s|, (?:because|since|as|given)\b|, (?:and )?not (?:option )?\(?[A-Z]\)?[.!]?\s{{0,3}}(?:\n|$)|, (?:obviously|clearly|of course|definitely)[.!])|[*_\"]{{0,3}}[)\]]")
 OPTION_LINE = re.compile(r"^[ *(>•-]{0,5}([A-Z])[*]{0,2}(?:[).:]| [-—–] )", re.MULTILINE)
+SMALL_LETTER = re.compile(r"(?<!\w)[a-z]\)")
+BRACKETED = re.compile(r"\A\s{0,9}(?:[^\s.?!:;(][^\n.?!:;(]{2,120}) \((?:option|choice|answer):? ", re.IGNORECASE)
 OPTION_INLINE = re.compile(r"(?:^|[,;] ?)\(?([A-Z])[):.] ", re.MULTILINE)
 
 
@@ -203,12 +208,14 @@ def opening_claim(
     value = spelled.value.match(text, lead.end())
     if not value or "{" in lead[0]:
         return None
+    again = re.compile(rf"(?:[,.!]? {value[0]}\b){{0,5}}", re.IGNORECASE).match(text, value.end())  # "No, no, no."
     status = standing(text, value.start(), value.end(), spelled)
-    tail = text[value.end() : value.end() + 400]
+    tail = text[again.end() : again.end() + 400]
     if spelled.letters:
         options = {match[1] for pattern in (OPTION_LINE, OPTION_INLINE) for match in pattern.finditer(text, here, here + 4000)}
         listed = re.search(rf"[ ,;]\(?{chr(ord(value[0].upper()) + 1)}[).:] ", tail.split("\n")[0])  # "A) this B) that"
-        unusable = listed or (value[0] == "A" and tail[:2] == ": ") or not LETTER_SET_OFF.match(tail) or not value[0].isupper() or len(options) > 1
+        alone = value[0].isupper() or (tail[:1] == ")" and len(SMALL_LETTER.findall(text, here)) == 1)  # "(d) Parvovirus", but not "(a) and (e)"
+        unusable = listed or (value[0] == "A" and tail[:2] == ": ") or not LETTER_SET_OFF.match(tail) or not alone or len(options) > 1
     else:
         sign = SET_OFF.match(tail)
         unusable = not sign or CHATTY.match(tail) or LIMITED.match(tail) or len(FOREIGN.findall(tail)) > len(ENGLISH.findall(tail)) or re.match(r"\. ?[a-z\d]", tail)
@@ -218,11 +225,26 @@ def opening_claim(
     return Claim(as_label(value[0], spelled.labels), value.start(), value.end(), status, rule)
 
 # %% ../../nbs/api/40f_statements.ipynb #e83edf11
+ANSWERING = r"to (?:answer|address) (?:the|your|this) question(?: directly)?(?:[:,]? [\"“][^\"”\n]{1,200}[\"”])?"
 CLOSING = re.compile(
-    rf"(?:^|(?<=[.!?\n,;])) {{0,3}}(?:{SO}|{either('all things considered|in the end|all told|there is no doubt|there is no question|there is no doubt about it|there is no question about it|without a doubt|beyond doubt|in short|in brief|in conclusion|in summary|in sum|in a word|in one word|without hesitation|overall|on balance|tl;dr|bottom line|to conclude|all in all|altogether|sadly|unfortunately', 'to (?:answer|address) (?:the|your|this) question(?: directly)?', '(?:so|thus),? in short', 'considering (?:all )?(?:the above|this|these)', 'i(?:.m| am) (?:confident|sure|certain)', 'in (?:my|our) (?:opinion|view|judgement|judgment)', '(?:from|based on|according to|given|judging by) (?:the|these|this) (?:data|abstract|results|findings|evidence|study|text|passage|information|context)(?: (?:presented|provided|given|above|alone))?', 'if (?:I )?(?:had to choose|forced to choose|pressed|must choose)')})"
+    rf"(?:^|(?<=[.!?\n,;])) {{0,3}}(?:{SO}|{either('all things considered|in the end|all told|there is no doubt|there is no question|there is no doubt about it|there is no question about it|without a doubt|beyond doubt|in short|in brief|in conclusion|in summary|in sum|in a word|in one word|without hesitation|overall|on balance|tl;dr|bottom line|to conclude|all in all|altogether|sadly|unfortunately', ANSWERING, '(?:so|thus),? in short', 'considering (?:all )?(?:the above|this|these)', 'i(?:.m| am) (?:confident|sure|certain)', 'in (?:my|our) (?:opinion|view|judgement|judgment)', '(?:from|based on|according to|given|judging by) (?:the|these|this) (?:data|abstract|results|findings|evidence|study|text|passage|information|context)(?: (?:presented|provided|given|above|alone))?', 'if (?:I )?(?:had to choose|forced to choose|pressed|must choose)')})"
     rf"(?:[,:] ?| [—–-] | )[*_\"'“]{{0,3}}",
     re.IGNORECASE,
 )
+
+
+def bracketed_claim(
+    text: str,  # blanked text, ending where the answer ends
+    here: int,  # first character of the answer
+    spelled: Spelling,  # patterns of the task's labels
+) -> Claim | None:
+    "An answer that is one option's text with its letter behind it: `Parvovirus B19 (option D)`"
+    answer = text[here:]
+    lead = BRACKETED.match(answer) if spelled.letters else None
+    value = lead and spelled.value.match(answer, lead.end())
+    if not value or BOX_DENIED.search(lead[0]) or not re.fullmatch(r"\)[.*]{0,3}\s*", answer[value.end() :]):
+        return None
+    return Claim(as_label(value[0], spelled.labels), here + value.start(), here + value.end(), "stated", "bracketed option")
 
 
 def closing_claims(

@@ -146,11 +146,12 @@ def chrf_of(
 CORPUS_OF = {"bleu": bleu_of, "chrf": chrf_of}
 
 # %% ../../nbs/api/41a_texts.ipynb #0bad28fc
-BERTSCORE = "not computed: it needs a scoring model, and medibuddy downloads none by itself"
+BERTSCORE = "not computed: no scoring model was named, and medibuddy downloads none by itself"
 
 
 def summarise_texts(
     stats: dict[str, np.ndarray],  # as `text_statistics` gives them
+    with_bertscore: bool = False,  # whether BERTScore was computed, which `bertscore` does apart
 ) -> dict:  # JSON-ready: n, one share a measure, signatures, not_computed
     "The text measures of one model"
     n = len(stats["token_f1"])
@@ -162,4 +163,4 @@ def summarise_texts(
 
         signatures["rouge"] = f"rouge-score {version('rouge-score')}, no stemming, F-measure"
     missing = missing_measures() if n else {name: "not computed: no row has a reference answer" for name in NAMES}
-    return {"n": n, **means, **corpus, "signatures": signatures, "not_computed": missing | {"bertscore": BERTSCORE}}
+    return {"n": n, **means, **corpus, "signatures": signatures, "not_computed": missing | ({} if with_bertscore else {"bertscore": BERTSCORE})}

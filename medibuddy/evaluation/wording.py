@@ -61,13 +61,13 @@ def as_label(
 
 # %% ../../nbs/api/40a_wording.ipynb #5992ed27
 GOES_ON = re.compile(
-    r"(?:because|since|as|based|given|due|it|they|he|she|we|i|the|this|these|that|there|with|for|in|on|but|although|though|while|when|and|not|rather than|from|according|final (?:decision|answer)|(?:decision|answer)(?= ?[:=])|"
+    r"(?:because|since|as|based|given|due|it|they|he|she|we|i|the|this|these|that|there|with|for|in|on|but|although|though|while|when|and|not|then(?=[.!])|rather than|from|according|final (?:decision|answer)|(?:decision|answer)(?= ?[:=])|"
     r"i\.e|namely|confidence|explanation|reason|reasoning|rationale|justification|here|to (?:the|this|your|that) question)\b",
     re.IGNORECASE,
 )
-SENTENCE_END = re.compile(r"(?!(?<=\bno)\. ?\d)[.!?\n]", re.IGNORECASE)  # "patient no. 3" goes on
-CLAUSE_OVER = re.compile(r"(?!(?<=\bno)\. ?\d)[.!\n]", re.IGNORECASE)
-NOT_MEANT = re.compile(r"(?:\bnot|n['’]t|\bthan|\binstead of|\bof|\bnor|\bwithout|\bsaying|\bneither)\W{1,3}$", re.IGNORECASE)
+SENTENCE_END = re.compile(r"(?!(?<=\bno)\. ?\d|(?<=\d)\.\d)[.!?\n]", re.IGNORECASE)  # "patient no. 3" and "0.04" go on
+CLAUSE_OVER = re.compile(r"(?!(?<=\bno)\. ?\d|(?<=\d)\.\d)[.!\n]", re.IGNORECASE)
+NOT_MEANT = re.compile(r"(?:\bnot|n['’]t|\bthan|\binstead of|\bof|\bnor|\bwithout|\bsaying|\bneither|(?:\bnot|n['’]t) (?:support|justify|warrant|amount to) an?)\W{1,3}$", re.IGNORECASE)
 SPECIES = re.compile(r"\. {0,2}(?:[a-z]|(?i:coli|difficile|albicans)\b|[A-Z]\w{1,20} et al)")  # "E. coli", "D. Smith et al."
 REPORTED = re.compile(r"[\"”'’,.!]{2,4} {0,2}(?:said|says|wrote|replied|answered|told)\b")
 LIMITS = re.compile(
@@ -75,12 +75,12 @@ LIMITS = re.compile(
     r"|\bwith (?:regard|respect) to\b|\bin terms of\b|\bonly (?:in|for|if|when|among|after)\b|\bas (?:far|long) as\b|\bwith (?:some |a few )?exceptions?\b",
     re.IGNORECASE,
 )  # "yes, but only in men" decides less than the question asks
-QUALIFIES = re.compile(r"(?:if|unless|when|whenever|where|while|until|though|although|except|with|without|for|in|among|during|after|before|at|under|to|not|and|or|i|only|more or less|even|some|sort|kind|particularly|especially|mainly|mostly|largely|generally|usually|often|well|at)\b", re.IGNORECASE)
+QUALIFIES = re.compile(r"(?!(?:al)?though (?:further|more|additional|larger|future) )(?:if|unless|when|whenever|where|while|until|though|although|except|with|without|for|in|among|during|after|before|at|under|to|not|and|or|i|only|more or less|even|some|sort|kind|particularly|especially|mainly|mostly|largely|generally|usually|often|well|at)\b", re.IGNORECASE)
 EXPLAINS = re.compile(
-    r"(?:because|since|as|based|given|due|considering|according|supported|consistent|significantly|clearly|definitely|absolutely|by|thanks|so|no doubt|without (?:a )?doubt|obviously|however|confidence|not (?:a |an )?(?:yes|no|maybe)|not at all|indeed|in this|rather than|from|here|reason|reasoning|rationale|explanation|justification|i\.e|namely|final|decision|answer|(?:with )?(?:low|moderate|high|very|full|some) (?:certainty|confidence)|no (?:significant )?(?:difference|effect|evidence|association|benefit|improvement|reduction|increase)|with (?:no|little) (?:reservations?|hesitation|doubts?|caveats?|qualifications?)|without (?:any )?(?:reservations?|hesitation|caveats?|qualifications?)|not in th(?:is|ese) (?:population|study|trial|cohort|sample|setting|analysis|data|patients?|group)|to (?:the|this|your) question)\b",
+    r"(?:because|since|as|based|given|due|considering|according|supported|consistent|significantly|clearly|definitely|absolutely|by|thanks|so|no doubt|without (?:a )?doubt|obviously|however|confidence|(?:at least )?not according to (?:the|this|these)|(?:al)?though (?:further|more|additional|larger|future) [^.,;]{1,40} (?:is|are) (?:still )?(?:needed|required|necessary|warranted)|not (?:a |an )?(?:yes|no|maybe)|not at all|indeed|in this|rather than|from|here|reason|reasoning|rationale|explanation|justification|i\.e|namely|final|decision|answer|(?:with )?(?:low|moderate|high|very|full|some) (?:certainty|confidence)|no (?:significant )?(?:difference|effect|evidence|association|benefit|improvement|reduction|increase)|with (?:no|little) (?:reservations?|hesitation|doubts?|caveats?|qualifications?)|without (?:any )?(?:reservations?|hesitation|caveats?|qualifications?)|not in th(?:is|ese) (?:population|study|trial|cohort|sample|setting|analysis|data|patients?|group)|to (?:the|this|your) question)\b",
     re.IGNORECASE,
 )
-FINITE = re.compile(r"\b(?:is|are|was|were|does|did|do|has|have|had|can|could|cannot|will|would|should|fell|rose|led|held|grew|went|got|made|found|saw|n['’]t|[a-z]{2,}(?:ed|s))\b|n['’]t\b", re.IGNORECASE)
+FINITE = re.compile(r"\b(?:is|are|was|were|does|did|do|has|have|had|can|could|cannot|will|would|should|fell|rose|led|held|grew|went|got|made|found|saw|show|support|suggest|indicate|demonstrate|confirm|reveal|n['’]t|[a-z]{2,}(?:ed|s))\b|n['’]t\b", re.IGNORECASE)
 
 
 def narrows(
@@ -199,7 +199,7 @@ def letter_standing(
 LEADING = frozenset(
     "the my our this that these is are be it i we so thus therefore hence and but then now here finally ultimately to with as at by of in on "
     "afraid fairly quite pretty very reasonably highly final correct best right single chosen selected defensible reasonable true clear direct honest short simple long overall brief likely likeliest appropriate accurate probable suitable reasonable predicted medical clinical evidence-based one-word boxed "
-    "am would must will have do conclude concluding think believe find confident sure certain say answer go arrive arrived reach reached suggest suggests mean means indicates shows implies means give giving "
+    "am would must will have do judging alone conclude concluding think believe find confident sure certain say answer go arrive arrived reach reached suggest suggests mean means indicates shows implies means give giving "
     "unfortunately sadly i'd i’d i'm i’m i'll i’ll here's here’s safe fair sure view question case decision conclusion summary end elimination exclusion yes only accordingly consequently most more all data evidence results findings abstract context study information passage given based provided la el die der richtige korrekte bonne".split()
 )
 CONDITION = re.compile(
