@@ -6,8 +6,8 @@
 __all__ = ['SPLITS', 'CLAIM', 'claim_run', 'reopen_run', 'source_sha256', 'do_prepare', 'prepare', 'read_split',
            'show_training_rows', 'check_recipe', 'announce', 'load_for_training', 'train_here', 'do_train',
            'training_rows', 'train', 'validation_loss', 'locked_run', 'encode_questions', 'task_labels',
-           'guard_prompts', 'add_likelihoods', 'answer_general', 'do_generate', 'do_score', 'evaluate', 'compare',
-           'report', 'demo']
+           'guard_prompts', 'add_likelihoods', 'answer_general', 'same_base', 'load_side', 'do_generate', 'do_score',
+           'evaluate', 'compare', 'report', 'demo']
 
 # %% ../nbs/api/80_flow.ipynb #a1d060f4
 import os
@@ -359,6 +359,28 @@ def answer_general(
     write_jsonl(run.path / "generations" / f"general-{which}.jsonl", generate_answers(model, tokenizer, examples, prompts, recipe.eval, partial, f"general tasks of the {which} model"))
     partial.unlink(missing_ok=True)
 
+# %% ../nbs/api/80_flow.ipynb #6d3d3c6a
+def same_base(
+    run: Run,
+    recipe: Recipe,
+) -> dict:  # name, revision, sha256
+    "Identify the base model; raises `RunError` when it is no longer the one that the adapter was trained on"
+    base = {"name": recipe.model.name, "revision": recipe.model.revision, "sha256": model_sha256(recipe.model.name)}
+    if run.manifest.get("base_model", base)["sha256"] != base["sha256"]:
+        raise RunError(f"the base model `{recipe.model.name}` changed since this adapter was trained, so before and after would not be about the same model. Train again in a new run directory.")
+    return base
+
+
+def load_side(
+    run: Run,
+    recipe: Recipe,
+    which: str,  # "base" or "tuned"
+    hardware: Hardware,
+) -> Any:  # a Transformers model in evaluation mode
+    "Load the model before or after tuning, with the weights and the precision of the recipe"
+    model = load_base(recipe.model.name, recipe.model.revision, resolve_precision(recipe.model.precision, hardware)[0], hardware.device, recipe.model.quantization)
+    return load_adapter(model, run.path / "adapter") if which == "tuned" else model
+
 # %% ../nbs/api/80_flow.ipynb #2a6a9180
 def do_generate(
     run: Run,
@@ -368,10 +390,7 @@ def do_generate(
     "Write generations/{which}.jsonl unless it is there already"
     from medibuddy.evaluation.generate import generate_answers
 
-    base = {"name": recipe.model.name, "revision": recipe.model.revision, "sha256": model_sha256(recipe.model.name)}
-    recorded = run.manifest.get("base_model", base)
-    if recorded["sha256"] != base["sha256"]:
-        raise RunError(f"the base model `{recipe.model.name}` changed since this adapter was trained, so before and after would not be about the same model. Train again in a new run directory.")
+    base = same_base(run, recipe)
     inputs = ["data/test.jsonl"] + ([name for name in run.manifest.get("files", {}) if name.startswith("adapter/")] or ["adapter/adapter_model.safetensors"] if which == "tuned" else []) + (["data/train.jsonl"] if recipe.eval.shots else [])
     output = f"generations/{which}.jsonl"
     with stage(run, f"generate-{which}", [base, asdict(recipe.eval), recipe.model.max_seq_length], inputs, [output, *([f"generations/general-{which}.jsonl"] if recipe.eval.general else [])]) as facts:
@@ -382,9 +401,7 @@ def do_generate(
         train_rows = read_split(run, "train") if recipe.eval.shots else []
         prompts = encode_questions(test, recipe, tokenizer, train_rows)
         guard_prompts(test, [prompt.text for prompt in prompts], recipe, train_rows)
-        model = load_base(recipe.model.name, recipe.model.revision, resolve_precision(recipe.model.precision, hardware)[0], hardware.device, recipe.model.quantization)
-        if which == "tuned":
-            model = load_adapter(model, run.path / "adapter")
+        model = load_side(run, recipe, which, hardware)
         source = "".join(run.manifest["files"][name]["sha256"] for name in inputs)
         partial = run.path / "generations" / f".{which}-{sha256_text(source + to_json(asdict(recipe.eval)))[:12]}.partial"
         partial.parent.mkdir(parents=True, exist_ok=True)

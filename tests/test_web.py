@@ -147,6 +147,18 @@ def test_two_people_at_once(browser, address):
         visitor.context.close()
 
 
+def test_what_one_person_said_is_not_remembered_of_another(browser, address):
+    "The two halves of an emergency, said by two people, are none; said by one, they are"
+    both = [Visitor(browser, address) for _ in range(2)]
+    both[0].say("My baby is 6 weeks old.")
+    both[1].say("She has a temperature of 38.6.")
+    assert both[1].page.get_by_role("alert").count() == 0
+    both[0].say("She has a temperature of 38.6.")
+    assert "Seek emergency care now" in both[0].page.get_by_role("alert").inner_text()
+    for visitor in both:
+        visitor.context.close()
+
+
 def test_side_by_side_and_folded_reasoning(browser, address):
     visitor = Visitor(browser, address)
     visitor.page.get_by_label("Show the base model's answer beside it").check()
