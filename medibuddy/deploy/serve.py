@@ -140,7 +140,9 @@ def vllm_command(
     command = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "base" if adapter else "tuned", "--tokenizer", str(tokenizer), "--dtype", dtype]
     command += ["--max-model-len", str(recipe.model.max_seq_length), "--enable-prefix-caching", "--generation-config", "vllm", "--override-generation-config", '{"temperature": 0.0}']
     command += ["--chat-template", str(tokenizer / "chat_template.jinja"), "--host", address[0], "--port", str(address[1]), "--middleware", "medibuddy_guard.Guard"]
-    return command + (["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank), "--lora-modules", f"tuned={adapter}"] if adapter else [])
+    # on a CPU, requests without adapter that share a batch with others get what is in the last slot (vllm-project/vllm#48421), so that has to stay empty
+    slots = "2" if hardware.device == "cpu" else "1"
+    return command + (["--enable-lora", "--max-loras", slots, "--max-lora-rank", str(rank), "--lora-modules", f"tuned={adapter}"] if adapter else [])
 
 
 def transformers_command(
