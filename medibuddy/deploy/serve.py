@@ -152,7 +152,9 @@ def transformers_command(
     hardware: Hardware,
     address: tuple[str, int],  # host and port
 ) -> list[str]:
-    "Spell `transformers serve` behind the guard"
+    "Spell `transformers serve` behind the guard; raises `UsageError` for a path that it would misread"
+    if "@" in str(model):
+        raise UsageError(f"{model} has an @ in its path, and `transformers serve` takes what follows one for a revision; move the run, or use vLLM.")
     dtype = resolve_precision(recipe.model.precision, hardware)[0]
     return [python, "-c", "import medibuddy_guard; medibuddy_guard.main()", "serve", str(model), "--device", hardware.device, "--dtype", dtype, "--host", address[0], "--port", str(address[1])]
 
