@@ -32,6 +32,7 @@ from medibuddy.hardware import describe_environment, detect_hardware
 from medibuddy.run import read_jsonl
 
 RESULTS = Path(__file__).parent / "results"
+EAGER = os.environ.get("TORCHDYNAMO_DISABLE") == "1"
 # options that medibuddy adds and a plain server has not
 OURS = {"--enable-lora": 0, "--max-loras": 1, "--max-lora-rank": 1, "--lora-modules": 1, "--middleware": 1}
 
@@ -46,7 +47,8 @@ def plain_command(command: list[str]) -> list[str]:
             skip = OURS[part]
         else:
             kept.append(part)
-    return kept
+    # without compilation the server with an adapter runs eagerly by itself; a plain one has to be told
+    return kept + (["--enforce-eager"] if EAGER else [])
 
 
 def free_port() -> int:
@@ -145,7 +147,7 @@ def main() -> None:
     medians = {name: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]} for name, turns in measured.items()}
     code = "from importlib.metadata import version; import json; print(json.dumps({f'serving {name}': version(name) for name in ('vllm', 'torch', 'transformers')}))"
     versions = json.loads(subprocess.run([options.python, "-c", code], capture_output=True, text=True, check=True).stdout)
-    settings = {"requests": options.requests, "at_once": options.at_once, "tokens": options.tokens, "turns": options.turns, "model": recipe.model.name, "rank": recipe.lora.r}
+    settings = {"requests": options.requests, "at_once": options.at_once, "tokens": options.tokens, "turns": options.turns, "model": recipe.model.name, "rank": recipe.lora.r, "eager": EAGER}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"serve-{detect_hardware().device}.json"
     path.write_text(json.dumps({"environment": describe_environment() | versions, "load_at_start": busy, "settings": settings, "start_s": {kind: round(seconds, 1) for kind, (_, _, seconds) in servers.items()}, "medians": medians, "turns": measured}, indent=2) + "\n")
