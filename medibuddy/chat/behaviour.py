@@ -23,7 +23,7 @@ from ..evaluation.generate import generate_answers, read_decision
 from ..evaluation.measures import holm
 from ..evaluation.paired import mcnemar_p, minimum_detectable
 from ..recipe import Recipe
-from ..run import Run, RunError, UsageError, read_json, read_jsonl, sha256_text, stage, to_json, write_json, write_jsonl
+from ..run import Run, UsageError, read_json, read_jsonl, sha256_text, stage, to_json, write_json, write_jsonl
 
 # %% ../../nbs/api/54_behaviour.ipynb #2f4ce1ed
 def judge(
@@ -181,12 +181,11 @@ def do_behave(
     which: str,  # "base" or "tuned"
 ) -> None:
     "Write generations/behaviour-{which}.jsonl unless it is there already"
-    from medibuddy.hardware import detect_hardware, resolve_precision
-    from medibuddy.models.loaders import load_adapter, load_base, load_tokenizer, model_sha256
+    from medibuddy.flow import load_side, same_base
+    from medibuddy.hardware import detect_hardware
+    from medibuddy.models.loaders import load_tokenizer
 
-    base = {"name": recipe.model.name, "revision": recipe.model.revision, "sha256": model_sha256(recipe.model.name)}
-    if run.manifest.get("base_model", base)["sha256"] != base["sha256"]:
-        raise RunError(f"the base model `{recipe.model.name}` changed since this adapter was trained; train again in a new run directory.")
+    base = same_base(run, recipe)
     inputs = ([name for name in run.manifest.get("files", {}) if name.startswith("adapter/")] or ["adapter/adapter_model.safetensors"]) if which == "tuned" else ["recipe.yaml"]
     output = f"generations/behaviour-{which}.jsonl"
     depends = [base, asdict(recipe.eval), recipe.model.max_seq_length, EMERGENCIES, CONTRASTS]
@@ -194,9 +193,7 @@ def do_behave(
         if facts is None:
             return
         hardware, tokenizer = detect_hardware(), load_tokenizer(recipe.model.name, recipe.model.revision)
-        model = load_base(recipe.model.name, recipe.model.revision, resolve_precision(recipe.model.precision, hardware)[0], hardware.device, recipe.model.quantization)
-        if which == "tuned":
-            model = load_adapter(model, run.path / "adapter")
+        model = load_side(run, recipe, which, hardware)
         key = sha256_text(to_json([depends, [run.manifest["files"][name]["sha256"] for name in inputs]]))[:12]
         folder = run.path / "generations"
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ def age_meaning(
     following: list[str],  # the words after the unit
 ) -> str | None:  # what the number stands for; None when it is no age
     "Read an age or a week of pregnancy"
-    if days == 7 and (following[:1] in (["pregnant"], ["gone"], ["gestation"]) or 13 <= value <= 44):
+    if days == 7 and (following[:1] in (["pregnant"], ["gone"], ["along"], ["gestation"]) or 13 <= value <= 44):
         return "PREGWEEKS" if value >= 13 and following[:1] != ["old"] else None
     if following[:1] in (["ago"], ["later"]) or before in DURATION and following[:1] != ["old"]:
         return None
@@ -68,7 +68,7 @@ def temperature_meaning(
     unit = after[0] if after else ""
     celsius, fahrenheit = unit in ("c", "celsius", "oc"), unit in ("f", "fahrenheit")
     said = bool(set(before) & TEMPERATURE or "temperature" in after[:2] or "fever" in after[:2] or "temp" in after[:2])
-    if unit in OTHER_UNITS and not (said and unit == "degrees") or set(before) & WEATHER or not (said or celsius or fahrenheit or "." in written and 38 <= value < 42.6):
+    if unit in OTHER_UNITS and not (unit == "degrees" and (said or "." in written)) or set(before) & WEATHER or not (said or celsius or fahrenheit or "." in written and 38 <= value < 42.6):
         return None
     if (said or fahrenheit) and 95 <= value <= 108:
         value = (value - 32) / 1.8

@@ -123,7 +123,7 @@ ASKING = re.compile(
 )
 STUDY = re.compile(
     r"(?<!\S)(?:which of the following|(?:my|an|the|for|writing|nursing|medical) (?:\S+ )?(?:exam|exams|essay|novel|dissertation|finals|thesis|assignment|story|screenplay|script)|revising|exam question|case study|case report"
-    r"|first aid course|training day|most likely diagnosis|next step in management|most appropriate|presents (?:to|with)|is brought to|years? old (?:\S+ )?(?:child|boy|girl|man|woman|male|female|patient) (?:\S+ ){0,6}?(?:presents|presenting|is brought|with a history)|CHILDAGE (?:old )?(?:\S+ )?(?:child|boy|girl|patient) (?:\S+ ){0,6}?(?:presents|presenting)|course (?:i am|we are)|i am teaching|mechanism of|in patients with|crisis line|preparing a|multiple choice|translate|write (?:a|me|an)(?: \S+)? (?:poem|story|essay|song|leaflet|quiz)|(?:has|have) died after|autopsy) "
+    r"|first aid course|training day|most likely diagnosis|next step in management|most appropriate|presents (?:to|with)|is brought to|characters? in (?:my|a|the|this|her|his) (?:\S+ )?(?:book|novel|film|movie|play|story|series|show|game)|years? old (?:\S+ )?(?:child|boy|girl|man|woman|male|female|patient) (?:\S+ ){0,6}?(?:presents|presenting|is brought|with a history)|CHILDAGE (?:old )?(?:\S+ )?(?:child|boy|girl|patient) (?:\S+ ){0,6}?(?:presents|presenting)|course (?:i am|we are)|i am teaching|mechanism of|in patients with|crisis line|preparing a|multiple choice|translate|write (?:a|me|an)(?: \S+)? (?:poem|story|essay|song|leaflet|quiz)|(?:has|have) died after|autopsy) "
 )
 
 
