@@ -31,6 +31,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data.chat import EncodedChat
 from ..data.packing import length_grouped_order
+from ..kernels.allocator import keep_freed_memory
 from ..kernels.lora import fuse_lora, unfuse_lora
 from ..models.loaders import check_finite, count_parameters, save_adapter
 from ..models.memory import plan, recompute_layers
@@ -439,6 +440,8 @@ def build_trainer(
             parameter.data = weights[name]  # TRL rounds the adapter of a quantised model to bf16
     if recipe.model.backend == "medibuddy":
         print_error(str(fuse_lora(model)))
+        if trainer.args.use_cpu and trainer.args.gradient_checkpointing:
+            keep_freed_memory(False)  # whoever recomputes asks for memory, and pages that lie about unused are a part of it
     return trainer
 
 # %% ../../nbs/api/31_sft.ipynb #d4723373
