@@ -135,7 +135,7 @@ def shared_stage(
     depends: list,  # as for `stage`
     inputs: Iterable[str] = (),  # as for `stage`
     outputs: Iterable[str] = (),  # as for `stage`
-    also: Callable[[], list] = list,  # gives what else the result depends on, from one run to another
+    also: Callable[[], list | None] = list,  # gives what else the result depends on, from one run to another; None where that cannot be said, and nothing is shared
     parts: Iterable[str] = (),  # keys of the manifest that the stage writes beside its record
     share: bool = True,  # False is `stage` alone
 ) -> Iterator[dict | None]:  # as from `stage`
@@ -146,7 +146,8 @@ def shared_stage(
         key = stage_key(name, depends, [files[file]["sha256"] for file in inputs])
         if run.manifest.get("stages", {}).get(name, {}).get("key") == key:
             key = None  # done already
-    content_key = key and stage_key(key, code_sha256(), also())
+    more = also() if key else None
+    content_key = stage_key(key, code_sha256(), more) if more is not None else None
     # a run that is kept elsewhere (on a node of a cluster) is seen here only once it was copied, so there is nothing to wait for
     alone = content_key and run.path.resolve().is_relative_to(Path(batch).resolve())
     with turn(Path(batch), content_key, name) if alone else nullcontext():
