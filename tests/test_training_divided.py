@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import medibuddy.training.launch as launcher
 from medibuddy import flow
 from medibuddy.recipe import Recipe
-from medibuddy.run import RunError, read_json, sha256_file
+from medibuddy.run import RunError, read_json, read_jsonl, sha256_file
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 KINDS = [pytest.param("fsdp"), *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero2", "zero2-offload", "zero3", "zero3-offload"))]
@@ -56,6 +56,17 @@ def test_a_divided_model_trains_the_adapter_that_one_process_trains_and_goes_on_
     shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
     assert flow.train(recipe(rows_file), cut, launch=launch)["resumed_at_step"] == 2
     assert sha256_file(cut / "adapter" / "adapter_model.safetensors") == sha256_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_deepspeed_trains_a_half_precision_copy_and_the_run_says_so(tmp_path, rows_file, kind):
+    "On a GPU that is fp16; a processor has bf16"
+    flow.train(recipe(rows_file, precision="bf16", max_steps=3), tmp_path / "one")
+    facts = flow.train(recipe(rows_file, precision="bf16", max_steps=3), tmp_path / "two", launch=launcher.Launch(kind, 2))
+    assert facts["dtypes"] == {"base": "bfloat16", "lora": "bfloat16", "activations": "bfloat16", "optimizer": "float32"}
+    one, two = ([row["loss"] for row in read_jsonl(tmp_path / name / "log.jsonl") if "loss" in row] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=5e-3)
 
 
 @needs_deepspeed
