@@ -162,6 +162,7 @@ def merged_shards(
             if whole.is_floating_point() and not bool(torch.isfinite(tensors[name]).all()):
                 raise RunError(f"tensor {name} has values that {str(dtype).removeprefix('torch.')} cannot hold; nothing was exported. Export with --dtype bfloat16.")
         yield "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors", tensors
+        tensors.clear()  # whoever holds the last shard would keep it in memory while the next one is made
 
 # %% ../../nbs/api/60a_merge.ipynb #7b100678
 KEPT = ("generation_config.json", "tokenizer.model", "LICENSE*", "USE_POLICY*", "NOTICE*")  # of the base model
