@@ -162,7 +162,6 @@ def merged_shards(
             if whole.is_floating_point() and not bool(torch.isfinite(tensors[name]).all()):
                 raise RunError(f"tensor {name} has values that {str(dtype).removeprefix('torch.')} cannot hold; nothing was exported. Export with --dtype bfloat16.")
         yield "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors", tensors
-        tensors.clear()  # whoever holds the last shard would keep it in memory while the next one is made
 
 # %% ../../nbs/api/60a_merge.ipynb #7b100678
 KEPT = ("generation_config.json", "tokenizer.model", "LICENSE*", "USE_POLICY*", "NOTICE*")  # of the base model
@@ -234,6 +233,7 @@ def merge_model(
     for file, tensors in merged_shards(places, layers, getattr(torch, dtype), shard_bytes):
         save_shard(tensors, folder / file)
         index |= dict.fromkeys(tensors, file)
+        tensors.clear()  # or this shard would stay in memory while the next one is made
     if len(set(index.values())) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index})
     copy_side_files(source, adapter, folder, dtype)
