@@ -95,11 +95,12 @@ async def load(server: Server, model: str, questions: list[str], at_once: int, t
     async def one(content: str) -> None:
         async with gate:
             asked, first, count = time.perf_counter(), None, 0
-            stream = await client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=tokens, temperature=0, stream=True, extra_body={"ignore_eos": True})
+            stream = await client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=tokens, temperature=0, stream=True, extra_body={"ignore_eos": True, "skip_special_tokens": False})
             async for part in stream:
                 if part.choices and part.choices[0].delta.content:
                     first, count = first or time.perf_counter() - asked, count + 1
-            firsts.append(first), counts.append(count)
+            # an answer without any text counts with its whole time
+            firsts.append(first or time.perf_counter() - asked), counts.append(count)
 
     started = time.perf_counter()
     await asyncio.gather(*(one(content) for content in questions))

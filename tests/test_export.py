@@ -214,36 +214,43 @@ def test_an_adapter_trained_on_four_bits_is_merged_onto_sixteen(tmp_path, rows_f
 
 
 BIG = """
-import re, sys, torch
+import re, sys
 from pathlib import Path
 from medibuddy.deploy.merge import merge_model
-from medibuddy.models.loaders import skeleton
-import peft, safetensors.torch
 # of this process alone: what getrusage tells begins with the size of the process that started it
-highest = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
-before = highest()
-facts = merge_model(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), shard_bytes=int(sys.argv[4]))
-print(facts["bytes"] / 1e6, highest() - before)
+memory = lambda name: int(re.search(rf"{name}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+folders = [Path(argument) for argument in sys.argv[1:]]
+merge_model(*folders[:3])  # a small one first, so that everything is imported
+Path("/proc/self/clear_refs").write_text("5")  # the highest size is counted anew
+before = memory("VmRSS")
+facts = merge_model(*folders[3:], shard_bytes=40_000_000)
+print(facts["bytes"] / 1e6, memory("VmHWM") - before)
 """
+
+
+def big_and_small(folder, **size):
+    "A base model in several files and an adapter for it"
+    from peft import LoraConfig, get_peft_model
+
+    base, adapter, out = (folder / name for name in ("base", "adapter", "merged"))
+    out.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=16, vocab_size=512, **size)).half()
+    model.save_pretrained(base, max_shard_size="200MB")
+    shutil.copyfile(EMBEDDED_MODEL / "tokenizer.json", base / "tokenizer.json")
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    tuned.save_pretrained(adapter)
+    return tuned, [base, adapter, out]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 def test_memory_is_bounded_by_a_shard(tmp_path):
-    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "merged"))
-    out.mkdir()
-    torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=16, vocab_size=512)
-    model = LlamaForCausalLM(config).half()
-    model.save_pretrained(base, max_shard_size="500MB")  # 540 MB: two files
-    shutil.copyfile(EMBEDDED_MODEL / "tokenizer.json", base / "tokenizer.json")
-    from peft import LoraConfig, get_peft_model
-
-    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    tuned.save_pretrained(adapter)
-    name = "base_model.model.model.layers.3.mlp.down_proj"
+    small = big_and_small(tmp_path / "small", hidden_size=64, intermediate_size=96, num_hidden_layers=2)[1]
+    tuned, big = big_and_small(tmp_path / "big", hidden_size=1024, intermediate_size=4096, num_hidden_layers=16)  # 540 MB in three files
+    name, out = "base_model.model.model.layers.3.mlp.down_proj", big[2]
     expected = tuned.get_submodule(name).base_layer.weight.float() + tuned.get_submodule(name).get_delta_weight("default").float()
-    del model, tuned
-    done = subprocess.run([sys.executable, "-c", BIG, base, adapter, out, "40000000"], capture_output=True, text=True, env=environment())
+    del tuned
+    done = subprocess.run([sys.executable, "-c", BIG, *small, *big], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     size, grown = map(float, done.stdout.split())
     assert size > 500 and 10 < grown < size / 2, (size, grown)

@@ -17,7 +17,7 @@ from conftest import environment, medibuddy
 from medibuddy.chat.session import Piece, Session, open_transcript, read_transcript
 from medibuddy.chat.terminal import read_lines
 from medibuddy.chat.web import reply
-from medibuddy.chat.speaker import Speaker, conversation_tokens, load_speaker
+from medibuddy.chat.speaker import Speaker, Spoken, conversation_tokens, load_speaker
 from medibuddy.data.chat import encode_chat, user_text
 from medibuddy.data.example import Example, Turn
 from medibuddy.data.template import chat_frame
@@ -80,6 +80,16 @@ def test_an_answer_streams(long_speaker):
     for kind, whole in (("reasoning", exchange.reasoning), ("answer", exchange.answer)):
         assert "".join(piece.text for piece, _ in seen if piece.kind == kind).strip() == whole
     assert "think>" not in exchange.reasoning + exchange.answer
+
+
+def test_an_empty_answer_is_said_to_be_one(speaker, monkeypatch):
+    def nothing(*_):
+        return Spoken("\n</think>\n\n", "stop", 3)
+        yield
+
+    monkeypatch.setattr(speaker, "speak", nothing)
+    pieces = list(Session(speaker).stream("Hello."))
+    assert [piece.kind for piece in pieces] == ["notice"] and "without a word" in pieces[0].text
 
 
 def test_emergencies_come_before_the_model(speaker):

@@ -309,6 +309,8 @@ def stream_answer(
             count += 1
             yield from pieces.add(text)
         yield from pieces.add("")
+        if not any(part.strip() for part in split_reasoning(pieces.text, pieces.thought_open)):
+            yield Piece("notice", "The model ended its answer without a word.")
         if reason == "length":
             yield Piece("notice", f"The answer was cut off at {session.speaker.config.max_new_tokens} tokens.")
     except (KeyboardInterrupt, GeneratorExit):

@@ -233,6 +233,7 @@ def merge_model(
     for file, tensors in merged_shards(places, layers, getattr(torch, dtype), shard_bytes):
         save_shard(tensors, folder / file)
         index |= dict.fromkeys(tensors, file)
+        tensors.clear()  # or this shard would stay in memory while the next one is made
     if len(set(index.values())) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index})
     copy_side_files(source, adapter, folder, dtype)
