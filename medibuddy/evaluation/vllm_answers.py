@@ -127,7 +127,7 @@ def vllm_job(
         "questions": [[number, prompts[number].input_ids, seeds[number]] for number in wanted],
     }
 
-
+# %% ../../nbs/api/40i_vllm.ipynb #d76f3270
 def worker_answers(
     engine: Engine,
     job: dict,  # from `vllm_job`
