@@ -109,11 +109,11 @@ def test_forced_answers_are_told_apart_and_graded_nowhere(tmp_path):
     for which in ("base", "tuned"):
         rows, scores = read_jsonl(run / "generations" / f"{which}.jsonl"), found[which]
         asked = [row for row in rows if row["stop_reason"] == "length" and row["gold"] is not None]
-        # the run has all kinds: answers cut off, answers that ended, and open questions cut off, which have no decision to force
-        assert asked and any(row["stop_reason"] == "stop" for row in rows) and any(row["stop_reason"] == "length" and row["gold"] is None for row in rows)
+        if which == "base":  # it has all kinds: answers cut off, answers that ended, and open questions cut off, which have no decision to force
+            assert asked and any(row["stop_reason"] == "stop" for row in rows) and any(row["stop_reason"] == "length" and row["gold"] is None for row in rows)
         assert [row["id"] for row in rows if "forced" in row] == [row["id"] for row in asked]
         right = sum(row["forced"] == row["gold"] for row in asked)
-        assert scores["forced"] == {"asked": len(asked), "correct": right, "accuracy_with_them": pytest.approx((scores["correct"] + right) / scores["n"])}
+        assert scores["forced"] == ({"asked": len(asked), "correct": right, "accuracy_with_them": pytest.approx((scores["correct"] + right) / scores["n"])} if asked else None)
         assert all(row["decision"] is None for row in asked) and scores["unparseable"] >= len(asked)
     for name in ("report.md", "report.html"):
         assert "Answers that were cut off" in (run / name).read_text(encoding="utf-8")

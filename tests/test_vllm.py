@@ -120,11 +120,11 @@ def test_base_and_tuned_differ_and_the_run_compares_reports_and_verifies(answere
 
 
 @needs_vllm
-def test_a_killed_run_goes_on_and_takes_its_engine_with_it(answered, tmp_path):
-    run = Path(shutil.copytree(answered, tmp_path / "run"))
+def test_a_killed_run_goes_on_and_takes_its_engine_with_it(tuned, tmp_path):
+    run = Path(shutil.copytree(tuned, tmp_path / "run"))
     whole = read_jsonl(run / "generations" / "tuned.jsonl")
     (run / "generations" / "tuned.jsonl").unlink()
-    command = [sys.executable, "-m", "medibuddy", "evaluate", str(run), "--which", "tuned", "--python", PYTHON]
+    command = [sys.executable, "-m", "medibuddy", "evaluate", str(run), "--which", "tuned", "--backend", "vllm", "--python", PYTHON]
     process = subprocess.Popen(command, env=environment(**CPU), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = lambda: next((path.read_bytes() for path in (run / "generations").glob(".tuned-*.partial")), b"")
     while process.poll() is None and partial().count(b"\n") < 20:

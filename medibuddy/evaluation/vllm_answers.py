@@ -122,11 +122,12 @@ def vllm_job(
     return {
         "engine": engine.settings | {"max_model_len": longest + config.max_new_tokens},
         "adapter": engine.adapter,
+        "at_once": 4 * config.eval_batch_size,  # four times what is computed together, so that few places are empty while the last ones end
         "sampling": drawing | {"n": config.samples, "max_tokens": config.max_new_tokens, "stop_token_ids": engine.ends, "detokenize": False},
         "questions": [[number, prompts[number].input_ids, seeds[number]] for number in wanted],
     }
 
-
+# %% ../../nbs/api/40i_vllm.ipynb #d76f3270
 def worker_answers(
     engine: Engine,
     job: dict,  # from `vllm_job`

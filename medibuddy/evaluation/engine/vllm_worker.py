@@ -15,23 +15,22 @@ from typing import Any
 
 # %% ../../../nbs/api/40h_vllm_worker.ipynb #3caea074
 def answer(
-    engine: Any,  # a vLLM engine
-    job: dict,  # `questions` ([number, token ids, seed]), `sampling`, `adapter` (a folder, or None)
+    model: Any,  # vLLM's LLM
+    job: dict,  # `questions` ([number, token ids, seed]), `at_once` (how many are asked together), `sampling`
     make_sampling: Callable,  # vLLM's SamplingParams, given `sampling` and a seed
     adapter: Any,  # vLLM's LoRARequest; None asks the model itself
     tell: Callable[[dict], None],  # takes {"question": number, "answers": [token ids], "seconds": its share of the time}
 ) -> None:
-    "Ask every question and tell each answer when it is complete"
-    before = time.perf_counter()
-    for number, ids, seed in job["questions"]:
-        engine.add_request(str(number), {"prompt_token_ids": ids}, make_sampling(job["sampling"], seed), lora_request=adapter)
-    while engine.has_unfinished_requests():
-        finished = [output for output in engine.step() if output.finished]
-        now = time.perf_counter()
-        for output in finished:  # the seconds of all questions add up to the whole
+    "Ask every question and tell its answers"
+    for start in range(0, len(job["questions"]), job["at_once"]):
+        asked = job["questions"][start : start + job["at_once"]]
+        before = time.perf_counter()
+        prompts, sampling = [{"prompt_token_ids": ids} for _, ids, _ in asked], [make_sampling(job["sampling"], seed) for *_, seed in asked]
+        outputs = model.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
+        seconds = (time.perf_counter() - before) / len(asked)
+        for (number, *_), output in zip(asked, outputs):
             drawn = sorted(output.outputs, key=lambda one: one.index)
-            tell({"question": int(output.request_id), "answers": [list(one.token_ids) for one in drawn], "seconds": (now - before) / len(finished)})
-        before = now if finished else before
+            tell({"question": number, "answers": [list(one.token_ids) for one in drawn], "seconds": seconds})
 
 # %% ../../../nbs/api/40h_vllm_worker.ipynb #18fcdc14
 def main() -> None:
@@ -39,6 +38,8 @@ def main() -> None:
     job = json.load(sys.stdin)
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # vLLM and its libraries print to standard output, too
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, so that who kills this one has ended all of it
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != folder]
 
@@ -46,13 +47,11 @@ def main() -> None:
         results.write(json.dumps(line) + "\n")
         results.flush()
 
-    from vllm import EngineArgs, LLMEngine, SamplingParams
+    from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
-    from vllm.sampling_params import RequestOutputKind
 
-    engine = LLMEngine.from_engine_args(EngineArgs(**job["engine"]))
     adapter = LoRARequest("tuned", 1, job["adapter"]) if job["adapter"] else None
-    answer(engine, job, lambda sampling, seed: SamplingParams(**sampling, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY), adapter, tell)
+    answer(LLM(**job["engine"]), job, lambda sampling, seed: SamplingParams(**sampling, seed=seed), adapter, tell)
 
 
 if __name__ == "__main__" and sys.argv[0].endswith("vllm_worker.py"):  # run by its path, and not in a notebook
