@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -339,16 +340,17 @@ def stage_key(
 # %% ../nbs/api/02_run.ipynb #e58485bb
 def peak_memory_mb() -> float:  # megabytes (10**6 bytes)
     "Peak resident memory of this process so far"
+    status = Path("/proc/self/status")
+    if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):  # Linux's getrusage begins with the peak of the process that started this one
+        return int(peak[1]) * 1024 / 1e6
     try:
         import resource
     except ImportError:
         import psutil
 
         return psutil.Process().memory_info().peak_wset / 1e6
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # Linux counts in KiB, macOS in bytes
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # macOS counts in bytes, others in KiB
 
 # %% ../nbs/api/02_run.ipynb #44fc3fdd
 @contextmanager
