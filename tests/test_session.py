@@ -161,6 +161,19 @@ def test_stopping_keeps_what_was_said_and_frees_the_model(long_speaker):
     assert session.exchanges[0].stop_reason == "stopped" and session.exchanges[0].new_tokens < 120
 
 
+def test_ctrl_c_before_the_first_word_leaves_no_question_without_its_end(speaker, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    session = Session(speaker, tmp_path / "kept.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(speaker, "prompt", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.ask("Is aspirin used for fever?")
+    assert [(row["role"], row.get("stop_reason")) for row in read_jsonl(tmp_path / "kept.jsonl")][-2:] == [("user", None), ("assistant", "stopped")]
+    assert session.ask("And now?").new_tokens and [exchange.message for exchange in session.exchanges] == ["Is aspirin used for fever?", "And now?"]
+
+
 def test_a_visitor_of_the_page_sees_emergency_first_and_errors_as_notices(speaker):
     steps = list(reply(speaker, EMERGENCY, True, None, [], []))
     text, session, left, right = steps[-1]

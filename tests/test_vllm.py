@@ -66,7 +66,7 @@ def test_bad_arguments_leave_the_answers_alone(call, finished_run, tmp_path, arg
 
 def test_a_missing_vllm_is_a_usage_error_with_the_fix(call, finished_run, tmp_path):
     (tmp_path / "vllm.py").write_text("raise ImportError('No module named vllm')\n")
-    (tmp_path / "python").write_text(f"#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} \"$@\"\n")
+    (tmp_path / "python").write_text(f"#!/bin/sh\nPYTHONPATH={tmp_path} exec '{sys.executable}' \"$@\"\n")
     (tmp_path / "python").chmod(0o755)
     status, _, errors = call("evaluate", shutil.copytree(finished_run, tmp_path / "run"), "--backend", "vllm", "--python", tmp_path / "python")
     assert status == 2 and "pip install vllm" in errors and "No module named vllm" in errors

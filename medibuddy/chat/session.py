@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -261,23 +261,28 @@ def stream_reply(
     message = clean(message)
     earlier, raised = [exchange.message for exchange in session.exchanges], {name for exchange in session.exchanges for name in exchange.flags}
     safety = first_words(earlier, message, raised)
-    note(session, [{"at": now(), "role": "user", "content": message}])
-    session.last = None
-    if safety:
-        yield Piece("safety", safety.text)
     told = {"message": message, "safety": safety.text if safety else None, "flags": tuple(flag.name for flag in safety.flags) if safety else ()}
-    if safety and not safety.ask_model:
-        keep(session, Exchange(**told, text="", reasoning="", answer="", stop_reason="safety", dropped=0, prompt_tokens=0, new_tokens=0, seconds=0.0))
-        return
+    unasked = Exchange(**told, text="", reasoning="", answer="", stop_reason="safety", dropped=0, prompt_tokens=0, new_tokens=0, seconds=0.0)
+    session.last, before = None, len(session.exchanges)
     try:
+        note(session, [{"at": now(), "role": "user", "content": message}])
+        if safety:
+            yield Piece("safety", safety.text)
+        if safety and not safety.ask_model:
+            keep(session, unasked)
+            return
         session.last = session.speaker.prompt([(exchange.message, exchange.text) for exchange in session.exchanges if exchange.text], message)
-    except UsageError:
-        if safety:  # an emergency stays in the conversation, also when the model cannot be asked
-            keep(session, Exchange(**told, text="", reasoning="", answer="", stop_reason="failed", dropped=0, prompt_tokens=0, new_tokens=0, seconds=0.0))
+        if session.last.dropped:
+            yield Piece("notice", dropping(session.last.dropped, session.speaker.window))
+        yield from stream_answer(session, told, base=False)
+    except (KeyboardInterrupt, GeneratorExit):
+        if len(session.exchanges) == before:  # stopped before there was an answer to stop: the transcript has the question already
+            keep(session, replace(unasked, stop_reason="stopped"))
         raise
-    if session.last.dropped:
-        yield Piece("notice", dropping(session.last.dropped, session.speaker.window))
-    yield from stream_answer(session, told, base=False)
+    except UsageError:
+        if safety and len(session.exchanges) == before:  # an emergency stays in the conversation, also when the model cannot be asked
+            keep(session, replace(unasked, stop_reason="failed"))
+        raise
 
 
 def stream_base_reply(

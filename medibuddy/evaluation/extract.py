@@ -42,13 +42,15 @@ def answer_bounds(
     "Find the part of a generated text that is the answer"
     end_of_turn = END_OF_TURN.search(text)
     end = end_of_turn.start() if end_of_turn else len(text)
-    marks = [(mark.end(), mark[1] == "/" or bool(mark[2])) for mark in THINK_MARK.finditer(text, 0, end)]
-    closed = any(closing for _, closing in marks)
-    if marks and not marks[-1][1]:  # a <think> that nothing closes
+    marks = list(THINK_MARK.finditer(text, 0, end))
+    tags = [mark for mark in marks if mark[0].startswith("<")]
+    if tags and tags[-1][1] != "/":  # a <think> that nothing closes, whatever headings stand behind it
         return None
-    if inside_reasoning and not closed:
+    if inside_reasoning and not tags:
         return None
-    return (marks[-1][0] if marks else 0), end
+    if marks and marks[-1][1] != "/" and not marks[-1][2]:  # a heading of thoughts without one of an answer
+        return None
+    return (marks[-1].end() if marks else 0), end
 
 # %% ../../nbs/api/41_extract.ipynb #f350192b
 STRUCK = re.compile(r"~~[^~\n]{1,200}~~")
