@@ -156,8 +156,9 @@ LETTER_END = 160  # characters in which a letter is signed
 CAPITALS = re.compile(r"[A-Z]{3}")
 BARE = re.compile(rf"(?<![\w-])(?:{INITIALS}{WORD}|{NAME})")
 AND_MORE = re.compile(rf",?\s+(?:and|&)\s+(?:little\s+)?(?P<value>{NAME})")
-DOSED = re.compile(r"\b(?:on|tab|tablet|cap)\s+\Z", re.IGNORECASE), re.compile(r"\s+\d")  # "on Telma 40"
-NAMED_TOGETHER = re.compile(r"Epstein[\s-]+Barr\b|Guillain[\s-]+Barr|Lewy[\s-]+Bod|Rocky[\s-]+Mountain|Coxsackie")  # viruses and diseases whose last word is a name too
+DOSE_BEFORE = re.compile(r"\b(?:on|tab|tablet|cap)\s+\Z", re.IGNORECASE)  # "on Telma 40." and "tab Telma 40 mg" are drugs, "operated on Ravi 2 days ago" is somebody
+DOSE_AFTER = re.compile(r"\s+\d{1,4}(?:\.\d+)?(?:\s?(?:mg|mcg|ml|iu)\b|\s+(?:od|bd|tds|once|twice|daily)\b|\s*(?:[.,;:)]|\Z))", re.IGNORECASE)
+NAMED_TOGETHER = re.compile(r"Epstein[\s-]+Barr\b|Guillain[\s-]+Barr[eé]\b|Rocky[\s-]+Mountain\b|Lewy(?=[\s-]+Bod)|Coxsackie")  # viruses and diseases with words that are names too
 PLACED = re.compile(r"\b(?:in|at|near|from)\s+\Z")
 
 # %% ../../nbs/api/12c_names.ipynb #e888af0c
@@ -238,7 +239,8 @@ def names(
     text: str,  # any text
 ) -> Iterator[tuple[int, int]]:  # offsets; they may overlap
     "Where a text names people"
-    runs = [match for match in BARE.finditer(text) if match.group() not in NOT_NAMES and not NAMED_TOGETHER.search(match.group())]
+    text = NAMED_TOGETHER.sub(lambda words: words[0].lower(), text)
+    runs = [match for match in BARE.finditer(text) if match.group() not in NOT_NAMES]
     words = set(re.findall(r"[^\W\d_]+", text.lower()))
     words |= {mark for mark, there in (("(", "(" in text), ("SHOUTED", CAPITALS.search(text))) if there}
     # People Who Write Like This give no sign by a capital
@@ -307,7 +309,7 @@ def _by_word(
             continue
         if "." not in match.group() and possible.isdisjoint(match.group().split()):
             continue  # most capitalised words
-        if DOSED[0].search(text, max(0, match.start() - 8), match.start()) and DOSED[1].match(text, match.end()):
+        if DOSE_BEFORE.search(text, max(0, match.start() - 8), match.start()) and DOSE_AFTER.match(text, match.end()):
             continue
         for start in [match.start() + word.start() for word in re.finditer(r"(?<!\S)\S", match.group())][:4]:
             if span := _trim(text, start, match.end(), "bare"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.example import Example
-from .texts import answer_pairs
+from .texts import BERTSCORE, answer_pairs
 from ..hardware import detect_hardware
 from ..models.loaders import model_sha256
 from ..run import Run, UsageError, read_json, read_jsonl, sha256_file, stage, write_json
@@ -121,7 +121,7 @@ def scored_answers(
     return [row | ({"bertscore": found[which][row["id"]]} if row["id"] in found[which] else {}) for row in rows]
 
 # %% ../../nbs/api/42b_bertscore.ipynb #3014b8d3
-NO_MODEL = "no scoring model was named, and medibuddy downloads none by itself (medibuddy evaluate RUN --bertscore MODEL)"
+NO_MODEL = BERTSCORE.removeprefix("not computed: ") + " (medibuddy evaluate RUN --bertscore MODEL)"
 
 
 def bertscore_summary(
